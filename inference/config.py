@@ -1,0 +1,337 @@
+"""ModelArgs: every number of a model, read from our JSON (configs/*.json) or from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from errors import InputError
+
+BLOCK_SIZE = 128  # weights have one scale per BLOCK_SIZE x BLOCK_SIZE block, activations one per token and BLOCK_SIZE
+
+ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
+MODEL_TYPES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+}
+
+# HF field -> ours, where only the name differs.
+RENAMED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "inter_dim",
+    "moe_intermediate_size": "moe_inter_dim",
+    "num_hidden_layers": "n_layers",
+    "first_k_dense_replace": "n_dense_layers",
+    "num_attention_heads": "n_heads",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "num_experts_per_tok": "n_activated_experts",
+    "routed_scaling_factor": "route_scale",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "max_position_embeddings": "max_seq_len",
+}
+
+# HF fields that describe training, bookkeeping or generation and do not change the forward pass.
+IGNORED = set(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
+    attention_dropout auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id ep_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
+    length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
+    pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version typical_p
+    unsloth_fixed use_bfloat16 use_cache use_return_dict
+    """.split()
+)
+
+# HF fields with the only values this model computes. An absent field means the same.
+REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True, None),
+}
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """
+    Shape and numerics of one model; field names are those of the released `configs/*.json`.
+
+    `dtype` is the format of the linear weights: "fp8" means e4m3 with a scale per 128 x 128 block, and bf16 elsewhere.
+    `scale_fmt` "ue8m0" rounds every scale up to a power of two (V3.1). `mscale` is HF's `mscale_all_dim`: it scales
+    the softmax, and cos and sin stay unscaled. `rope_factor` 1 means plain rotary embeddings, no YaRN.
+    """
+
+    vocab_size: int
+    dim: int
+    inter_dim: int
+    moe_inter_dim: int
+    n_layers: int
+    n_dense_layers: int
+    n_heads: int
+    n_routed_experts: int
+    n_shared_experts: int
+    n_activated_experts: int
+    route_scale: float
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int = 0
+    n_expert_groups: int = 1
+    n_limited_groups: int = 1
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    n_mtp_layers: int = 0
+    dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
+    scale_fmt: Literal["ue8m0"] | None = None
+    norm_eps: float = 1e-6
+    max_batch_size: int = 8
+    max_seq_len: int = 16384
+    original_seq_len: int = 4096
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    beta_fast: float = 32
+    beta_slow: float = 1
+    mscale: float = 1.0
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """Numbers cached per token and layer: the latent and the rotary key shared by all heads (V2 paper, 2.1.3)."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def __post_init__(self) -> None:
+        """Raises InputError naming the first field that is of the wrong type, out of range or contradicts another."""
+        optional_zero = {"n_dense_layers", "q_lora_rank", "n_mtp_layers", "n_routed_experts", "n_shared_experts"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                low = 0 if field.name in optional_zero else 1
+                if type(value) is not int or not low <= value < 2**31:
+                    raise InputError(f"config: {field.name} is {value!r}, wanted an integer of at least {low}")
+            elif field.type == "float" and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise InputError(f"config: {field.name} is {value!r}, wanted a positive number")
+        for name, allowed in (
+            ("score_func", ("softmax", "sigmoid")),
+            ("dtype", ("bf16", "fp8", "fp32")),
+            ("scale_fmt", (None, "ue8m0")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"config: {name} is {getattr(self, name)!r}, wanted one of {allowed}")
+        for wrong, why in (
+            (self.n_dense_layers > self.n_layers, f"{self.n_dense_layers=} is more than {self.n_layers=}"),
+            (self.qk_rope_head_dim % 2, f"{self.qk_rope_head_dim=} is odd; rotary dimensions come in pairs"),
+            (self.rope_factor < 1, f"{self.rope_factor=} is less than 1"),
+            (self.scale_fmt and self.dtype != "fp8", f"{self.scale_fmt=} needs dtype 'fp8', not {self.dtype!r}"),
+        ):
+            if wrong:
+                raise InputError(f"config: {why}".replace("self.", ""))
+        if self.n_dense_layers < self.n_layers or self.n_mtp_layers:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        group_size = self.n_routed_experts // self.n_expert_groups
+        for wrong, why in (
+            (self.n_routed_experts == 0, f"{self.n_routed_experts=} but {self.n_dense_layers=} of {self.n_layers=}"),
+            (
+                self.n_routed_experts % self.n_expert_groups,
+                f"{self.n_routed_experts=} does not divide into {self.n_expert_groups=}",
+            ),
+            (
+                self.n_limited_groups > self.n_expert_groups,
+                f"{self.n_limited_groups=} is more than {self.n_expert_groups=}",
+            ),
+            (
+                self.n_activated_experts > group_size * self.n_limited_groups,
+                f"{self.n_activated_experts=} is more than {self.n_limited_groups=} hold ({group_size} experts each)",
+            ),
+            (
+                self.score_func == "sigmoid" and self.n_expert_groups > 1 and group_size < 2,
+                f"{self.n_expert_groups=} leaves one expert a group; a group's score is the sum of its two best",
+            ),
+        ):
+            if wrong:
+                raise InputError(f"config: {why}".replace("self.", ""))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelArgs:
+        """From our field names. Raises InputError for an unknown or a missing field."""
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(set(data) - set(known)):
+            raise InputError(f"config: unknown field {unknown[0]!r}; the known ones are {', '.join(known)}")
+        if missing := [name for name, field in known.items() if field.default is MISSING and name not in data]:
+            raise InputError(f"config: no {missing[0]!r}")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelArgs:
+        return cls.from_dict(read_json(path))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelArgs:
+        """
+        From a Hugging Face config.json (a path or its contents) of DeepSeek-V2, V3 or a model of the same class.
+
+        Raises InputError for another architecture, an unknown field, or a field whose value this model cannot honour.
+        """
+        hf = dict(source) if isinstance(source, dict) else read_json(source)
+        architecture = _architecture(hf)
+        data: dict[str, Any] = {
+            "score_func": hf.pop("scoring_func", None) or ARCHITECTURES[architecture],
+            "q_lora_rank": hf.pop("q_lora_rank", None) or 0,
+            "n_expert_groups": hf.pop("n_group", None) or 1,
+            "n_limited_groups": hf.pop("topk_group", None) or 1,
+            "norm_eps": hf.pop("rms_norm_eps", 1e-6),
+            "n_mtp_layers": hf.pop("num_nextn_predict_layers", hf.pop("num_mtp_layers", None)) or 0,
+        }
+        for theirs, ours in RENAMED.items():
+            if theirs not in hf:
+                raise InputError(f"config: no {theirs!r}; {architecture} needs it")
+            data[ours] = hf.pop(theirs)
+        data |= _dtype(hf) | _rope(hf)
+        _check_routing(hf, data)
+        _check_values(hf, data)
+        if unknown := sorted(set(hf) - IGNORED):
+            raise InputError(f"config: unknown field {unknown[0]!r} = {hf[unknown[0]]!r}; it may change the model")
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelArgs:
+        """From either kind of JSON, told apart by `model_type` / `architectures`, which only HF's has."""
+        data = read_json(path)
+        return cls.from_hf(data) if "model_type" in data or "architectures" in data else cls.from_dict(data)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError when there is none or it is something else."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: wanted a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _architecture(hf: dict[str, Any]) -> str:
+    names = hf.get("architectures") or [MODEL_TYPES.get(hf.get("model_type"), hf.get("model_type"))]
+    if not isinstance(names, list) or not names or not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
+        raise InputError(f"config: architecture {names!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    model_type = hf.get("model_type")
+    if model_type is not None and MODEL_TYPES.get(model_type, names[0]) != names[0]:
+        raise InputError(f"config: model_type {model_type!r} contradicts architecture {names[0]!r}")
+    return names[0]
+
+
+def _dtype(hf: dict[str, Any]) -> dict[str, Any]:
+    """`torch_dtype` (or transformers 5's `dtype`) and `quantization_config` -> dtype, scale_fmt."""
+    name = hf.pop("dtype", None) or "bfloat16"
+    name = hf.pop("torch_dtype", None) or name
+    dtypes = {"bfloat16": "bf16", "float32": "fp32"}
+    if name not in dtypes:
+        raise InputError(f"config: torch_dtype {name!r} is not supported; supported are {', '.join(dtypes)}")
+    quantization = hf.pop("quantization_config", None)
+    if quantization is None:
+        return {"dtype": dtypes[name]}
+    if not isinstance(quantization, dict):
+        raise InputError(f"config: quantization_config is {quantization!r}, wanted an object")
+    quantization = dict(quantization)
+    scale_fmt = quantization.pop("scale_fmt", None)
+    wanted = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
+    }
+    for key, value in wanted.items():
+        # transformers leaves `fmt` out when it writes the same format.
+        if (found := quantization.pop(key, value if key == "fmt" else None)) != value:
+            raise InputError(f"config: quantization_config.{key} is {found!r}; only {value!r} is supported")
+    quantization.pop("modules_to_not_convert", None)  # the weights' own dtypes are checked when they are read
+    if quantization:
+        raise InputError(f"config: unknown field quantization_config.{min(quantization)}")
+    return {"dtype": "fp8", "scale_fmt": scale_fmt}
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings as released (`rope_theta`, `rope_scaling`) or as transformers 5 writes them."""
+    theta = hf.pop("rope_theta", None)
+    released = hf.pop("rope_scaling", None)
+    rope = hf.pop("rope_parameters", None)
+    rope = rope if rope is not None else released
+    if rope is not None and not isinstance(rope, dict):
+        raise InputError(f"config: rope_scaling is {rope!r}, wanted an object")
+    rope = dict(rope or {})
+    theta = rope.pop("rope_theta", theta)
+    data: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind == "default":
+        return data
+    if kind != "yarn":
+        raise InputError(f"config: rope type {kind!r} is not supported; supported are 'default' and 'yarn'")
+    for theirs, ours in {"factor": "rope_factor", "original_max_position_embeddings": "original_seq_len"}.items():
+        if rope.get(theirs) is None:
+            raise InputError(f"config: yarn needs rope_scaling.{theirs}")
+        data[ours] = rope.pop(theirs)
+    data |= {name: rope.pop(name) for name in ("beta_fast", "beta_slow") if rope.get(name) is not None}
+    mscale, mscale_all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    if mscale != mscale_all_dim or not mscale:
+        raise InputError(
+            f"config: rope_scaling has mscale {mscale!r} and mscale_all_dim {mscale_all_dim!r}; only equal, non-zero "
+            "values are supported (others scale cos and sin)"
+        )
+    data["mscale"] = mscale
+    left = {name for name, value in rope.items() if value is not None and (name, value) != ("truncate", True)}
+    if left:
+        raise InputError(f"config: unknown field rope_scaling.{min(left)} = {rope[min(left)]!r}")
+    return data
+
+
+def _check_routing(hf: dict[str, Any], data: dict[str, Any]) -> None:
+    """`topk_method` and `norm_topk_prob` must say what `score_func` implies (V3: bias and normalised weights)."""
+    sigmoid = data["score_func"] == "sigmoid"
+    method = hf.pop("topk_method", None)
+    if method not in ((None, "noaux_tc") if sigmoid else (None, "greedy", "group_limited_greedy")):
+        raise InputError(f"config: topk_method {method!r} contradicts scoring_func {data['score_func']!r}")
+    if method == "greedy" or (method is None and not sigmoid):
+        data["n_expert_groups"] = data["n_limited_groups"] = 1
+    normalised = hf.pop("norm_topk_prob", None)
+    if normalised not in (None, sigmoid):
+        raise InputError(f"config: norm_topk_prob {normalised} contradicts scoring_func {data['score_func']!r}")
+
+
+def _check_values(hf: dict[str, Any], data: dict[str, Any]) -> None:
+    nope, rope = data["qk_nope_head_dim"], data["qk_rope_head_dim"]
+    allowed = REQUIRED_VALUES | {
+        "num_key_value_heads": (data["n_heads"], None),
+        "head_dim": (rope, None),
+        "qk_head_dim": (nope + rope if isinstance(nope, int) and isinstance(rope, int) else None, None),
+    }
+    for name, values in allowed.items():
+        if name in hf and (found := hf.pop(name)) not in values:
+            raise InputError(f"config: {name} is {found!r}; this model computes only {values[0]!r}")

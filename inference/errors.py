@@ -1,0 +1,28 @@
+"""Bad input is reported in one line and exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message says what is wrong, where, and what would work."""
+
+
+def problems(what: str, found: Sequence[str], shown: int = 10) -> InputError:
+    """One error for all problems of a kind: the first `shown` of them and how many more there are."""
+    more = f"; and {len(found) - shown} more" if len(found) > shown else ""
+    return InputError(f"{what}: " + "; ".join(found[:shown]) + more)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; the rest is a bug."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
