@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,18 @@ RENAMED = {
     "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
     "max_position_embeddings": "max_seq_len",
+}
+
+# ours -> HF field, for what is said about an HF config.
+HF_NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
+    "score_func": "scoring_func",
+    "n_expert_groups": "n_group",
+    "n_limited_groups": "topk_group",
+    "norm_eps": "rms_norm_eps",
+    "n_mtp_layers": "num_nextn_predict_layers",
+    "rope_factor": "rope_scaling.factor",
+    "original_seq_len": "rope_scaling.original_max_position_embeddings",
+    "mscale": "rope_scaling.mscale_all_dim",
 }
 
 # HF fields that describe training, bookkeeping or generation and do not change the forward pass.
@@ -127,7 +140,7 @@ class ModelArgs:
                 low = 0 if field.name in optional_zero else 1
                 if type(value) is not int or not low <= value < 2**31:
                     raise InputError(f"config: {field.name} is {value!r}, wanted an integer of at least {low}")
-            elif field.type == "float" and (type(value) not in (int, float) or not 0 < value < math.inf):
+            elif field.type == "float" and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
                 raise InputError(f"config: {field.name} is {value!r}, wanted a positive number")
         for name, allowed in (
             ("score_func", ("softmax", "sigmoid")),
@@ -198,12 +211,12 @@ class ModelArgs:
         hf = dict(source) if isinstance(source, dict) else read_json(source)
         architecture = _architecture(hf)
         data: dict[str, Any] = {
-            "score_func": hf.pop("scoring_func", None) or ARCHITECTURES[architecture],
-            "q_lora_rank": hf.pop("q_lora_rank", None) or 0,
-            "n_expert_groups": hf.pop("n_group", None) or 1,
-            "n_limited_groups": hf.pop("topk_group", None) or 1,
-            "norm_eps": hf.pop("rms_norm_eps", 1e-6),
-            "n_mtp_layers": hf.pop("num_nextn_predict_layers", hf.pop("num_mtp_layers", None)) or 0,
+            "score_func": _pop(hf, "scoring_func", default=ARCHITECTURES[architecture]),
+            "q_lora_rank": _pop(hf, "q_lora_rank", default=0),
+            "n_expert_groups": _pop(hf, "n_group", default=1),
+            "n_limited_groups": _pop(hf, "topk_group", default=1),
+            "norm_eps": _pop(hf, "rms_norm_eps", default=1e-6),
+            "n_mtp_layers": _pop(hf, "num_nextn_predict_layers", "num_mtp_layers", default=0),
         }
         for theirs, ours in RENAMED.items():
             if theirs not in hf:
@@ -214,7 +227,10 @@ class ModelArgs:
         _check_values(hf, data)
         if unknown := sorted(set(hf) - IGNORED):
             raise InputError(f"config: unknown field {unknown[0]!r} = {hf[unknown[0]]!r}; it may change the model")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except InputError as error:
+            raise InputError(re.sub(r"\w+", lambda word: HF_NAMES.get(word[0], word[0]), str(error))) from None
 
     @classmethod
     def load(cls, path: str | Path) -> ModelArgs:
@@ -230,18 +246,29 @@ def read_json(path: str | Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: wanted a JSON object, got {type(data).__name__}")
     return data
 
 
+def _pop(hf: dict[str, Any], *names: str, default: Any) -> Any:
+    """The value of a field that goes by any of `names`; absent or null means `default`."""
+    given = {name: value for name in names if (value := hf.pop(name, None)) is not None}
+    value = next(iter(given.values()), default)
+    if any(other != value for other in given.values()):
+        raise InputError(f"config: {' and '.join(f'{name} = {other!r}' for name, other in given.items())} contradict")
+    return value
+
+
 def _architecture(hf: dict[str, Any]) -> str:
-    names = hf.get("architectures") or [MODEL_TYPES.get(hf.get("model_type"), hf.get("model_type"))]
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, (str, type(None))):
+        raise InputError(f"config: model_type is {model_type!r}, wanted a string")
+    names = hf.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     if not isinstance(names, list) or not names or not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
         raise InputError(f"config: architecture {names!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    model_type = hf.get("model_type")
     if model_type is not None and MODEL_TYPES.get(model_type, names[0]) != names[0]:
         raise InputError(f"config: model_type {model_type!r} contradicts architecture {names[0]!r}")
     return names[0]
@@ -249,10 +276,9 @@ def _architecture(hf: dict[str, Any]) -> str:
 
 def _dtype(hf: dict[str, Any]) -> dict[str, Any]:
     """`torch_dtype` (or transformers 5's `dtype`) and `quantization_config` -> dtype, scale_fmt."""
-    name = hf.pop("dtype", None) or "bfloat16"
-    name = hf.pop("torch_dtype", None) or name
+    name = _pop(hf, "torch_dtype", "dtype", default="bfloat16")
     dtypes = {"bfloat16": "bf16", "float32": "fp32"}
-    if name not in dtypes:
+    if not isinstance(name, str) or name not in dtypes:
         raise InputError(f"config: torch_dtype {name!r} is not supported; supported are {', '.join(dtypes)}")
     quantization = hf.pop("quantization_config", None)
     if quantization is None:
@@ -279,21 +305,27 @@ def _dtype(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings as released (`rope_theta`, `rope_scaling`) or as transformers 5 writes them."""
-    theta = hf.pop("rope_theta", None)
     released = hf.pop("rope_scaling", None)
     rope = hf.pop("rope_parameters", None)
     rope = rope if rope is not None else released
     if rope is not None and not isinstance(rope, dict):
         raise InputError(f"config: rope_scaling is {rope!r}, wanted an object")
     rope = dict(rope or {})
-    theta = rope.pop("rope_theta", theta)
-    data: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if kind == "default":
-        return data
-    if kind != "yarn":
+    theta = {"rope_theta": hf.pop("rope_theta", None), "rope_scaling.rope_theta": rope.pop("rope_theta", None)}
+    data: dict[str, Any] = {"rope_theta": _pop(theta, *theta, default=10000.0)}
+    kind = _pop(rope, "rope_type", "type", default="default")
+    if kind == "yarn":
+        data |= _yarn(rope)
+    elif kind != "default":
         raise InputError(f"config: rope type {kind!r} is not supported; supported are 'default' and 'yarn'")
+    left = {name for name, value in rope.items() if value is not None and (name, value) != ("truncate", True)}
+    if left:
+        raise InputError(f"config: unknown field rope_scaling.{min(left)} = {rope[min(left)]!r}")
+    return data
+
+
+def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
     for theirs, ours in {"factor": "rope_factor", "original_max_position_embeddings": "original_seq_len"}.items():
         if rope.get(theirs) is None:
             raise InputError(f"config: yarn needs rope_scaling.{theirs}")
@@ -305,11 +337,7 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
             f"config: rope_scaling has mscale {mscale!r} and mscale_all_dim {mscale_all_dim!r}; only equal, non-zero "
             "values are supported (others scale cos and sin)"
         )
-    data["mscale"] = mscale
-    left = {name for name, value in rope.items() if value is not None and (name, value) != ("truncate", True)}
-    if left:
-        raise InputError(f"config: unknown field rope_scaling.{min(left)} = {rope[min(left)]!r}")
-    return data
+    return data | {"mscale": mscale}
 
 
 def _check_routing(hf: dict[str, Any], data: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 
@@ -21,6 +23,8 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # most errors occur on every rank: rank 0 tells, and torchrun ends the others meanwhile
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -219,18 +219,17 @@ class MLA(nn.Module):
         kv = torch.cat([self.kv_norm(latent), k_pe], dim=-1)
         if cache is not None:
             cache_write(cache, kv, step.rows, step.positions)
+            kv_len = min(step.kv_len, cache.shape[1])  # tokens past the cache's end are not in it
 
         w_uk, w_uv = self.wkv_b.weight.view(self.n_local_heads, -1, self.kv_lora_rank).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )
-        if cache is not None and (self.absorb(S, step.kv_len) if absorb is None else absorb):
+        if cache is not None and (self.absorb(S, kv_len) if absorb is None else absorb):
             q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe], dim=-1)
-            o = latent_attention(
-                q, cache, step.rows, step.positions, step.kv_len, self.softmax_scale, self.kv_lora_rank
-            )
+            o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, self.kv_lora_rank)
             o = torch.einsum("bshc,hvc->bshv", o, w_uv)
         else:
-            kv = kv if cache is None else cache[step.rows, : step.kv_len]
+            kv = kv if cache is None else cache[step.rows, :kv_len]
             latent, k_pe = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             k_pe = k_pe[:, :, None].expand(-1, -1, self.n_local_heads, -1)
             k = torch.cat([torch.einsum("btc,hnc->bthn", latent, w_uk), k_pe], dim=-1)
@@ -310,15 +309,18 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """x [M, D], weights and indices [M, K] -> sum over the chosen experts of weight * expert(x), [M, D] fp32."""
-        y = torch.zeros_like(x, dtype=torch.float32)
-        for expert in indices.unique().tolist():
+        K = indices.shape[1]
+        order = indices.flatten().argsort(stable=True)  # the M * K pairs (token, choice), by expert
+        counts = indices.flatten().bincount(minlength=self.first + self.n_local).tolist()
+        outputs = []
+        for expert, x_i in enumerate(x[order // K].split(counts)):
             i = expert - self.first
-            if 0 <= i < self.n_local:
-                token, k = torch.where(indices == expert)
-                x_i = x[token]
-                y_i = self.w2.expert(F.silu(self.w1.expert(x_i, i)) * self.w3.expert(x_i, i), i)
-                y = y.index_add(0, token, y_i.float() * weights[token, k, None])
-        return y
+            if not 0 <= i < self.n_local:
+                outputs.append(torch.zeros_like(x_i))  # another rank's
+            elif x_i.shape[0]:
+                outputs.append(self.w2.expert(F.silu(self.w1.expert(x_i, i)) * self.w3.expert(x_i, i), i))
+        y = torch.cat(outputs)[order.argsort()].unflatten(0, indices.shape)  # back in the tokens' order: [M, K, D]
+        return (y.float() * weights[..., None]).sum(1)
 
 
 class MoE(nn.Module):

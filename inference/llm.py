@@ -1,0 +1,212 @@
+"""A model with its tokenizer and decoding loop, ready to use: what generate.py runs, and the API for notebooks."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint import Checkpoint, load_model, tensor_specs
+from config import ModelArgs
+from engine import Engine, Request, Stats
+from errors import InputError
+from model import Transformer
+from parallel import Parallel, join_ranks
+from sampling import SamplingParams
+from text import Message, StreamDecoder, check_messages, encode_chat, encode_prompt, load_tokenizer, stop_ids
+
+DEFAULT_MAX_SEQ_LEN = 16384  # where neither the user nor the prompts say; at 70 KB a token V3's cache is 1.1 GB a row
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a prompt. finish_reason: "stop", "length" (a limit was reached) or "interrupted"."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+
+
+def choose_device(device: str) -> str:
+    """ "auto" is CUDA where there is one. Raises InputError for CUDA where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA GPU is visible here; --device cpu works everywhere")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def weights_in_memory(args: ModelArgs, gemm: str, device: torch.device) -> ModelArgs:
+    """
+    The args of the model to build: FP8 weights stay FP8 or become bf16, by `gemm`.
+
+    "auto" keeps them where the GPU has e4m3 units (compute capability 8.9). "fp8" on a CPU computes FP8's arithmetic
+    with the references: slow, to compare with. Raises InputError when "fp8" is asked of a checkpoint or a GPU without.
+    """
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if gemm == "fp8":
+        if args.dtype != "fp8":
+            raise InputError(f"--gemm fp8: the checkpoint's weights are {args.dtype}")
+        if device.type == "cuda" and not capable:
+            raise InputError(f"--gemm fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use --gemm bf16")
+    if args.dtype == "fp8" and (gemm == "bf16" or (gemm == "auto" and not capable)):
+        return replace(args, dtype="bf16", scale_fmt=None)
+    return args
+
+
+def workspace_bytes(args: ModelArgs, world_size: int, max_batch_size: int, max_seq_len: int, chunk: int) -> int:
+    """
+    Activations of the largest prefill pass: some 8 vectors of `dim` and 2 of an expert's width for each of `chunk`
+    tokens, expanded keys and values of every cached token, and the logits.
+    """
+    heads = args.n_heads // world_size
+    tokens = chunk * (16 * args.dim + 4 * args.n_activated_experts * args.moe_inter_dim)
+    keys = 2 * max_batch_size * max_seq_len * heads * (args.qk_head_dim + args.v_head_dim) * 2
+    return tokens + min(keys, 8 * 2**30) + 12 * max_batch_size * args.vocab_size
+
+
+class LLM:
+    """
+    `path`: a Hugging Face folder or convert.py's output. `config`: our JSON or HF's, by default the folder's.
+
+    Under torchrun every rank makes the same LLM and calls the same methods with the same arguments. Raises InputError
+    for everything wrong with the checkpoint, before anything large is allocated.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: str | Path | None = None,
+        *,
+        device: str = "auto",
+        gemm: str = "auto",
+        expert_parallel: bool = False,
+        max_batch_size: int | None = None,
+        max_seq_len: int | None = None,
+        mtp: int | None = None,
+        prefill_chunk: int = 4096,
+        keep_prefix: bool = False,
+        verbose: bool = False,
+    ):
+        start = time.perf_counter()
+        checkpoint = Checkpoint(path, config)
+        args = checkpoint.args
+        self.tokenizer = load_tokenizer(path)
+        self.stop_ids = stop_ids(path, self.tokenizer)
+        if max_seq_len is not None and not 2 <= max_seq_len <= args.max_seq_len:
+            raise InputError(f"--max-seq-len {max_seq_len}: wanted 2 to {args.max_seq_len}, what the config allows")
+        self.max_seq_len = max_seq_len or min(args.max_seq_len, DEFAULT_MAX_SEQ_LEN)
+        max_batch_size = max_batch_size or args.max_batch_size
+        if mtp and not args.n_mtp_layers:
+            raise InputError(f"--mtp {mtp}: the checkpoint has no MTP modules")
+        n_drafts = args.n_mtp_layers if mtp is None else mtp
+
+        parallel, torch_device = join_ranks(choose_device(device), expert_parallel)
+        if checkpoint.kind == "shards":
+            parallel = replace(parallel, expert_parallel=checkpoint.expert_parallel)
+        checkpoint.check(parallel.world_size, parallel.rank, parallel.expert_parallel)
+        self.parallel: Parallel = parallel
+        # Modules that will not draft are not loaded.
+        in_memory = replace(weights_in_memory(args, gemm, torch_device), n_mtp_layers=min(args.n_mtp_layers, n_drafts))
+        with torch.device("meta"):
+            model = Transformer(in_memory, parallel)
+            cache_bytes = model.new_cache(max_batch_size, self.max_seq_len).nbytes
+        weight_bytes = sum(p.nbytes for p in model.parameters())
+        workspace = workspace_bytes(args, parallel.world_size, max_batch_size, self.max_seq_len, prefill_chunk)
+        check_memory(weight_bytes, cache_bytes, workspace, torch_device)
+        if verbose and parallel.rank == 0:
+            total = sum(math.prod(spec.shape) for spec in tensor_specs(args).values() if not spec.is_scale)
+            print(
+                f"{Path(path).resolve().name}: {total / 1e9:.3g}B parameters stored as {args.dtype}, run as "
+                f"{in_memory.dtype} on {parallel.world_size} x {torch_device.type}; each holds "
+                f"{weight_bytes / 1e9:.3g} GB of weights and {cache_bytes / 1e9:.3g} GB of cache "
+                f"({max_batch_size} x {self.max_seq_len} tokens)",
+                file=sys.stderr,
+            )
+        self.model = model.to_empty(device=torch_device).eval()
+        load_model(self.model, checkpoint, parallel, progress=verbose)
+        self.engine = Engine(
+            self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, prefill_chunk, keep_prefix
+        )
+        if verbose and parallel.rank == 0:
+            print(f"ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+    @property
+    def stats(self) -> Stats:
+        return self.engine.stats
+
+    def encode(self, prompt: str | Sequence[int] | list[Message], system: str | None = None) -> list[int]:
+        """Token ids of a prompt, of a conversation, or as they are. Raises InputError for one that cannot be run."""
+        if isinstance(prompt, str):
+            ids = encode_prompt(self.tokenizer, prompt, system)
+        elif prompt and isinstance(prompt[0], dict):
+            ids = encode_chat(self.tokenizer, check_messages(prompt, "messages"))
+        else:
+            ids = list(prompt)
+        self.check_ids(ids)
+        return ids
+
+    def check_ids(self, ids: list[int], where: str = "the prompt") -> None:
+        """Raises InputError, beginning with `where`, for ids that the model or the cache cannot take."""
+        vocab = self.model.args.vocab_size
+        if not ids:
+            raise InputError(f"{where} is empty")
+        if bad := [id for id in ids if not 0 <= id < vocab]:
+            raise InputError(f"{where} has token {bad[0]}, outside the model's vocabulary of {vocab}")
+        if len(ids) >= self.max_seq_len:
+            raise InputError(
+                f"{where} has {len(ids)} tokens and the cache holds {self.max_seq_len}, completion included; "
+                "shorten it or raise --max-seq-len"
+            )
+
+    def generate(
+        self, prompts: str | Sequence[str | Sequence[int]], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Complete one or several prompts, each as a user's message or as token ids, in the order given."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        requests = [Request(self.encode(p), params or SamplingParams(), i) for i, p in enumerate(prompts)]
+        for _ in self.engine.run(requests):
+            pass
+        return [self.completion(request) for request in requests]
+
+    def chat(self, messages: list[Message], params: SamplingParams | None = None) -> Completion:
+        """The assistant's answer to a conversation."""
+        request = Request(self.encode(messages), params or SamplingParams())
+        for _ in self.engine.run([request]):
+            pass
+        return self.completion(request)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | list[Message],
+        params: SamplingParams | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[str, Request]]:
+        """Pieces of the completion's text as they come, each with the request as it stands."""
+        request = Request(self.encode(prompt), params or SamplingParams())
+        decoder = StreamDecoder(self.tokenizer)
+        for _, tokens in self.engine.run([request], interrupted):
+            yield decoder.add(tokens), request
+        yield decoder.end(), request
+
+    def completion(self, request: Request) -> Completion:
+        text = self.tokenizer.decode(request.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Completion(text, request.tokens, len(request.prompt), request.finish_reason or "interrupted")
+
+
+def check_memory(weights: int, cache: int, workspace: int, device: torch.device) -> None:
+    """Raises InputError when the GPU has not enough free memory for so many bytes."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = weights + cache + workspace
+    if needed > free:
+        raise InputError(
+            f"{device}: needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {cache / 1e9:.1f} cache, "
+            f"{workspace / 1e9:.1f} workspace) and {free / 1e9:.1f} GB are free; use more GPUs (torchrun "
+            "--nproc-per-node), a smaller --max-batch-size or --max-seq-len"
+        )

@@ -1,0 +1,108 @@
+"""
+Choosing the next token. Every draw comes from a hash of (seed, position, token), so a row's randomness depends neither
+on its neighbours in the batch nor on the device, and needs no state.
+
+Dimension letters: B rows, N drafts a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from errors import InputError
+
+TOKEN, ACCEPT, DRAFT = range(3)  # independent streams of random numbers at each position
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_p keeps the likeliest tokens that together reach this probability."""
+
+    temperature: float = 0.2
+    top_p: float = 1.0
+    max_tokens: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, wrong, wanted in (
+            ("temperature", not 0 <= self.temperature <= 100, "a number from 0 (greedy) to 100"),
+            ("top_p", not 0 < self.top_p <= 1, "a number above 0, at most 1"),
+            ("max_tokens", self.max_tokens < 1, "at least 1"),
+            ("seed", not 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
+        ):
+            if wrong:
+                raise InputError(f"{name} is {getattr(self, name)}, wanted {wanted}")
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """The splitmix64 finaliser: a bijection of 64-bit integers whose output bits all depend on all input bits."""
+
+    def shift(x: torch.Tensor, n: int) -> torch.Tensor:  # logical, where >> on int64 is arithmetic
+        return (x >> n) & ((1 << (64 - n)) - 1)
+
+    x = (x ^ shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ shift(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ shift(x, 31)
+
+
+def uniform(seed: torch.Tensor, position: torch.Tensor, n: int, stream: int) -> torch.Tensor:
+    """n numbers in (0, 1) for each seed [B] and position [B]: [B, n] in fp64."""
+    key = mix(mix(mix(seed) + position) + stream)
+    bits = mix(key[:, None] + torch.arange(n, device=seed.device) * (0x9E3779B97F4A7C15 - 2**64))
+    return ((bits & 0xFFFFFFFF).double() + 0.5) * 2.0**-32
+
+
+def probabilities(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """logits [B, V] fp32 -> the distribution [B, V] that row b is drawn from; all on the best token when greedy."""
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
+
+    best = logits.argmax(-1, keepdim=True)
+    greedy = torch.zeros_like(logits).scatter_(-1, best, 1.0)
+    if all(p.temperature == 0 for p in params):
+        return greedy
+    probs = (logits / column([p.temperature or 1 for p in params])).softmax(-1)
+    if any(p.top_p < 1 for p in params):
+        ordered, order = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+        ordered = ordered.masked_fill(before >= column([p.top_p for p in params]), 0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return torch.where(column([p.temperature for p in params]) == 0, greedy, probs)
+
+
+def draw(probs: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, stream: int) -> torch.Tensor:
+    """
+    One token from each row of probs [B, V], which need not sum to one: [B].
+
+    An exponential race: with E_v ~ Exp(1) the smallest E_v / p_v belongs to token v with probability p_v.
+    """
+    race = -torch.log(uniform(seed, position, probs.shape[-1], stream))
+    return (probs / race).argmax(-1)
+
+
+def accept(
+    p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The acceptance rule of speculative sampling (arXiv:2302.01318, algorithm 2): draft i, drawn from q_i, stays with
+    probability min(1, p_i / q_i). At the first that does not, the token is drawn from max(p_i - q_i, 0) instead; when
+    all stay, one more comes from p_N. Each token is then distributed exactly as if drawn from p.
+
+    p [B, N + 1, V], q [B, N, V], drafts [B, N], seed [B], position [B] of the first draft -> tokens [B, N + 1], of
+    which the first n_accepted [B] + 1 count.
+    """
+    B, N = drafts.shape
+    p_draft = p[:, :N].gather(-1, drafts[..., None])[..., 0]
+    q_draft = q.gather(-1, drafts[..., None])[..., 0]
+    at = position[:, None] + torch.arange(N, device=p.device)
+    u = uniform(seed.repeat_interleave(N), at.flatten(), 1, ACCEPT).view(B, N)
+    n_accepted = (u * q_draft < p_draft).long().cumprod(1).sum(1)
+    batch = torch.arange(B, device=p.device)
+    residual = torch.cat([(p[:, :N] - q).clamp(min=0), p[:, N:]], dim=1)[batch, n_accepted]
+    tokens = torch.cat([drafts, drafts.new_zeros(B, 1)], dim=1)
+    tokens[batch, n_accepted] = draw(residual, seed, position + n_accepted, TOKEN)
+    return tokens, n_accepted

@@ -1,0 +1,98 @@
+"""
+The keyboard of a chat: line editing and history at the prompt, and Ctrl-C that stops an answer.
+
+Ctrl-C at a terminal signals every process of the job, torchrun's own too, which would then end all of them. So the
+terminal's interrupt character is switched off for the time of the chat, and read as an ordinary key instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from pathlib import Path
+from types import TracebackType
+
+try:
+    import readline
+    import termios
+except ImportError:  # not on every system; then there is neither editing nor Ctrl-C as a key
+    readline = termios = None
+
+CTRL_C = b"\x03"
+HISTORY = Path("~/.deepseek_v3_history").expanduser()
+
+
+class Terminal:
+    """Use as a context manager; with `enabled` false (ranks without a keyboard) it reads and writes nothing."""
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+        self.is_tty = enabled and termios is not None and sys.stdin.isatty()
+        self.signalled = False
+
+    def __enter__(self) -> Terminal:
+        self.old_handler = signal.signal(signal.SIGINT, self._on_signal)
+        if self.is_tty:
+            self.saved = termios.tcgetattr(sys.stdin)
+            quiet = termios.tcgetattr(sys.stdin)
+            quiet[6][termios.VINTR] = b"\0"  # no key interrupts; Ctrl-\ still ends a program that hangs
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+            self.at_prompt, self.answering = quiet, termios.tcgetattr(sys.stdin)
+            self.answering[3] &= ~(termios.ICANON | termios.ECHO)
+            readline.parse_and_bind(r'"\C-c": kill-whole-line')
+            with contextlib.suppress(OSError):
+                readline.read_history_file(HISTORY)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self.old_handler)
+        if self.is_tty:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
+            readline.set_history_length(1000)
+            with contextlib.suppress(OSError):
+                readline.write_history_file(HISTORY)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.signalled = True
+
+    def read_line(self) -> str | None:
+        """The next line, stripped; None at the end of input."""
+        self.signalled = False
+        if self.is_tty:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.at_prompt)
+        try:
+            line = input("> " if self.is_tty else "")
+        except EOFError:
+            if self.is_tty:
+                print()
+            return None
+        except UnicodeDecodeError as error:
+            self.note(f"that line is not UTF-8 text: {error}")
+            return ""
+        if self.is_tty:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.answering)
+        return line.strip()
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed, or SIGINT received, since the last line was read."""
+        while self.is_tty and select.select([sys.stdin], [], [], 0)[0]:
+            keys = os.read(sys.stdin.fileno(), 1024)
+            if CTRL_C in keys:
+                self.signalled = True
+            if not keys:
+                break
+        return self.signalled
+
+    def write(self, text: str) -> None:
+        if self.enabled:
+            print(text, end="", flush=True)
+
+    def note(self, text: str) -> None:
+        """A remark of the program's own, apart from the answers."""
+        if self.enabled:
+            print(f"[{text}]", file=sys.stderr, flush=True)

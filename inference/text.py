@@ -1,0 +1,104 @@
+"""Text to tokens and back: the checkpoint's tokenizer and chat template, stop tokens, and decoding while streaming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from config import read_json
+from errors import InputError
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer.json. Never runs code from the folder. Raises InputError when there is none that works."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder}: no tokenizer.json; copy the tokenizer files of the model there")
+    if (folder / "tokenizer_config.json").is_file():
+        read_json(folder / "tokenizer_config.json")
+    logging.set_verbosity_error()  # the released files name a class that this one replaces
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the tokenizer library makes of a garbled file
+        raise InputError(f"{folder}: tokenizer does not load: {type(error).__name__}: {error}") from None
+
+
+def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """End-of-sequence ids of generation_config.json and config.json (one or a list each) and of the tokenizer."""
+    ids = {tokenizer.eos_token_id} - {None}
+    for name in ("generation_config.json", "config.json"):
+        if (path := Path(folder) / name).is_file():
+            found = read_json(path).get("eos_token_id")
+            found = found if isinstance(found, list) else [found]
+            if any(type(id) is not int and id is not None for id in found):
+                raise InputError(f"{path}: eos_token_id is {found}, wanted an integer or a list of them")
+            ids.update(id for id in found if id is not None)
+    return frozenset(ids)
+
+
+def check_messages(messages: Any, where: str) -> list[Message]:
+    """`messages` as a list of {"role", "content"}, or InputError that begins with `where`."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: messages should be a list of {{role, content}}")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise InputError(f"{where}: a message needs a role, {' or '.join(ROLES)}: {json.dumps(message)[:80]}")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: a message's content should be text: {json.dumps(message)[:80]}")
+    return messages
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks, by the checkpoint's own chat template."""
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat_template; only plain prompts work with this checkpoint")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template is a program of the checkpoint's; it may refuse a role or be broken
+        raise InputError(f"the chat template does not take this conversation: {error}") from None
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, system: str | None = None) -> list[int]:
+    """A prompt as the user's only message; without a chat template (a base model) as text to continue."""
+    if tokenizer.chat_template:
+        messages = [{"role": "system", "content": system}] if system else []
+        return encode_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
+    if system:
+        raise InputError("--system needs a chat template, and this checkpoint's tokenizer has none")
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+
+
+class StreamDecoder:
+    """Tokens to text as they come. A character of several tokens is held back until it is whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = 0  # decoding starts here: at a character's boundary, a few tokens back for the context
+        self.shown = 0  # tokens whose text has been returned
+
+    def add(self, ids: list[int]) -> str:
+        """The text that `ids` complete."""
+        self.ids += ids
+        before, after = self._decode(self.shown), self._decode(len(self.ids))
+        if after.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return after[len(before) :]
+
+    def end(self) -> str:
+        """What is still held back, broken characters and all."""
+        return self._decode(len(self.ids))[len(self._decode(self.shown)) :]
+
+    def _decode(self, end: int) -> str:
+        return self.tokenizer.decode(
+            self.ids[self.start : end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

@@ -1,0 +1,502 @@
+"""The model against transformers' own, and every way of feeding it tokens against every other."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import kernel
+from checkpoint import Checkpoint, load_model, tensor_specs
+from checkpoints import COMMON, KINDS, hf_config, make_hf, mtp_oracle, oracle
+from config import ModelArgs
+from model import Gate, Linear, RMSNorm, Transformer, rotary_frequencies
+from parallel import Parallel
+
+LENGTH = 96  # past the 64 tokens after which the tiny models' YaRN differs from plain rotary embeddings
+SUMMED_DIFFERENTLY = 1e-5  # fp32, the same sums in another order: measured up to 2e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """make_hf, once for the same arguments."""
+
+    @functools.cache
+    def make(kind: str, dtype: str = "fp32", **options):
+        return make_hf(tmp_path_factory.mktemp(kind), kind, dtype, **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def load(hf_folder):
+    """Our model of such a checkpoint, in memory as the config says or as `memory` ("bf16") says."""
+
+    @functools.cache
+    def cached(kind: str, dtype: str = "fp32", memory: str | None = None, **options) -> Transformer:
+        checkpoint = Checkpoint(hf_folder(kind, dtype, **options))
+        args = checkpoint.args if memory is None else replace(checkpoint.args, dtype=memory, scale_fmt=None)
+        model = Transformer(args)
+        for parameter in model.parameters():
+            parameter.view(torch.uint8).fill_(0xFF)  # NaN in every type here: what is not loaded shows
+        load_model(model, checkpoint, Parallel(), progress=False)
+        return model
+
+    return cached
+
+
+@pytest.fixture(scope="module")
+def v3(load):
+    return load("v3")
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(5, 520, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(x: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The larger of the relative errors in the Euclidean and in the maximum norm; NaN if there is one."""
+    assert x.shape == wanted.shape
+    diff = (x - wanted).double()
+    return torch.stack([diff.norm() / wanted.norm(), diff.abs().max() / wanted.abs().max()]).max().item()
+
+
+def greedy(model: Transformer, tokens: torch.Tensor, new: int) -> torch.Tensor:
+    """tokens [B, S] -> [B, S + new]: prefill, then one token at a time."""
+    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + new)
+    logits = model(tokens, 0, cache)
+    for _ in range(new):
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+        if tokens.shape[1] < cache.shape[2]:
+            logits = model(tokens[:, -1:], tokens.shape[1] - 1, cache)
+    return tokens
+
+
+# --- against transformers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("yarn", [True, False], ids=["yarn", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_greedy_tokens(hf_folder, load, kind, yarn):
+    model, theirs = load(kind, yarn=yarn), oracle(hf_folder(kind, yarn=yarn))
+    tokens = random_tokens(3, LENGTH)
+    with torch.inference_mode():
+        assert error(model(tokens, all_positions=True), theirs(tokens).logits) < 1e-4
+        theirs.generation_config.eos_token_id = None
+        wanted = theirs.generate(tokens[:2], max_new_tokens=64, do_sample=False, pad_token_id=2)
+    assert torch.equal(greedy(model, tokens[:2], 64), wanted)
+
+
+def test_norm_epsilons(hf_folder, load):
+    """The norms of the latents do not follow rms_norm_eps, all others do."""
+    options = {"rms_norm_eps": 0.05}
+    tokens = random_tokens(1, 20)
+    with torch.inference_mode():
+        wanted = oracle(hf_folder("v3", **options))(tokens).logits
+    assert error(load("v3", **options)(tokens, all_positions=True), wanted) < 1e-4
+
+
+def test_mtp_logits(hf_folder, load):
+    folder, model = hf_folder("v3", mtp=2), load("v3", mtp=2)
+    theirs = oracle(folder)
+    modules = mtp_oracle(folder, theirs)
+    tokens = random_tokens(2, LENGTH)
+    first, second, third = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
+    positions = torch.arange(LENGTH - 2).expand(2, -1)
+    with torch.inference_mode():
+        h = theirs.model(first).last_hidden_state
+        wanted = []
+        for i, following in enumerate((second, third)):
+            h = modules.forward_layer(i, h, positions, None, input_ids=following)
+            wanted.append(modules._project_to_logits(h))
+
+    step = model.step(first.shape)
+    h = model.hidden(first, step)
+    for i, following in enumerate((second, third)):
+        h = model.draft(i, h, following, step)
+        assert error(model.logits(h), wanted[i]) < 1e-4
+
+    # And over a cache in two parts: each module keeps its own.
+    cache = model.new_cache(2, LENGTH)
+    for part in (slice(0, 50), slice(50, LENGTH - 2)):
+        step = model.step(first[:, part].shape, part.start)
+        h = model.hidden(first[:, part], step, cache)
+        for i, following in enumerate((second, third)):
+            h = model.draft(i, h, following[:, part], step, cache)
+            assert error(model.logits(h), wanted[i][:, part]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"factor": 40, "beta_fast": 32, "beta_slow": 1, "rope_theta": 10000.0},
+        {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "rope_theta": 50000.0},  # Kimi-K2
+    ],
+    ids=["V3", "Kimi-K2"],
+)
+def test_yarn_at_released_sizes(rope):
+    mscale = {"mscale": 1.0, "mscale_all_dim": 1.0}
+    rope = rope | mscale | {"rope_type": "yarn", "original_max_position_embeddings": 4096}
+    config = {name: value for name, value in COMMON.items() if not name.startswith("rope_")} | KINDS["v3"]
+    config |= {"qk_rope_head_dim": 64, "rope_parameters": rope}
+    wanted, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](hf_config(config), torch.device("cpu"))
+    assert attention_factor == 1.0
+    args = ModelArgs.from_hf(config)
+    assert torch.allclose(rotary_frequencies(args, torch.device("cpu")), wanted, rtol=1e-6, atol=0)
+    m = 0.1 * math.log(rope["factor"]) + 1
+    softmax_scale = Transformer(replace(args, n_layers=1)).layers[0].attn.softmax_scale
+    assert softmax_scale == pytest.approx((96 + 64) ** -0.5 * m * m, rel=1e-12)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_equals_prefill(load, kind):
+    model, tokens = load(kind), random_tokens(2, LENGTH)
+    whole = model(tokens, all_positions=True)
+    cache = model.new_cache(2, LENGTH)
+    assert error(model(tokens[:, :60], 0, cache, all_positions=True), whole[:, :60]) < SUMMED_DIFFERENTLY
+    steps = [model(tokens[:, i : i + 1], i, cache) for i in range(60, LENGTH)]
+    assert error(torch.stack(steps, 1), whole[:, 60:]) < SUMMED_DIFFERENTLY
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 40, 2, 46), (95, 1), (32, 32, 32), (1, 95)], ids=str)
+def test_chunked_prefill_equals_whole(v3, sizes):
+    tokens = random_tokens(2, LENGTH)
+    cache = v3.new_cache(2, LENGTH)
+    done, parts = 0, []
+    for size in sizes:
+        parts.append(v3(tokens[:, done : done + size], done, cache, all_positions=True))
+        done += size
+    assert done == LENGTH
+    assert error(torch.cat(parts, 1), v3(tokens, all_positions=True)) < SUMMED_DIFFERENTLY
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_absorbed_equals_expanded(load, kind):
+    model = load(kind)
+    attn, args = model.layers[1].attn, model.args
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, args.dim, generator=generator)
+    prefix = torch.randn(3, 80, args.cache_dim, generator=generator)
+    step = model.step((3, 5), torch.tensor([0, 31, 75]), kv_len=80)
+    caches = prefix.clone(), prefix.clone()
+    absorbed, expanded = (attn(x, step, cache, absorb) for cache, absorb in zip(caches, (True, False), strict=True))
+    assert error(absorbed, expanded) < SUMMED_DIFFERENTLY
+    assert torch.equal(*caches) and not torch.equal(caches[0], prefix)
+
+
+def test_the_cheaper_of_the_two_is_taken(v3):
+    """By torch's own count of the operations, at shapes on both sides of the line."""
+    attn = v3.layers[1].attn
+    cache = torch.zeros(1, 400, v3.args.cache_dim)
+
+    def operations(S: int, kv_len: int, absorb: bool | None) -> int:
+        step = v3.step((1, S), torch.tensor([kv_len - S]), kv_len=kv_len)
+        with FlopCounterMode(display=False) as counter:
+            attn(torch.zeros(1, S, v3.args.dim), step, cache, absorb)
+        return counter.get_total_flops()
+
+    chosen = set()
+    for S, kv_len in ((1, 1), (1, 2), (1, 300), (2, 8), (20, 40), (90, 400), (100, 400), (300, 400), (80, 80)):
+        absorbed, expanded = (operations(S, kv_len, absorb) for absorb in (True, False))
+        assert operations(S, kv_len, None) == min(absorbed, expanded), (S, kv_len)
+        assert attn.absorb(S, kv_len) == (absorbed < expanded), (S, kv_len)
+        chosen.add(absorbed < expanded)
+    assert chosen == {True, False}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_batch_equals_one_by_one(load, kind):
+    model, lengths, new = load(kind), [70, 9, 33], 8
+    prompts = [random_tokens(1, n, seed=n) for n in lengths]
+    alone = [greedy(model, prompt, new) for prompt in prompts]
+
+    batch = random_tokens(3, max(lengths), seed=99)  # the padding is tokens like any other
+    for row, prompt in zip(batch, prompts, strict=True):
+        row[: prompt.shape[1]] = prompt
+    ends = torch.tensor(lengths)
+    cache = model.new_cache(3, max(lengths) + new)
+    logits = model(batch, 0, cache, lengths=ends)
+    for row, prompt in enumerate(prompts):
+        assert error(logits[row], model(prompt)[0]) < SUMMED_DIFFERENTLY
+    for i in range(new):
+        token = logits.argmax(-1)
+        assert token.tolist() == [whole[0, n + i].item() for whole, n in zip(alone, lengths, strict=True)]
+        logits = model(token[:, None], ends + i, cache, kv_len=max(lengths) + i + 1)
+    for row, whole in enumerate(alone):
+        assert error(logits[row], model(whole)[0]) < SUMMED_DIFFERENTLY
+
+
+def prefilled(model: Transformer, tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """A cache of `length` that has seen all of `tokens`."""
+    cache = model.new_cache(tokens.shape[0], length)
+    model(tokens, 0, cache)
+    return cache
+
+
+def test_several_tokens_at_any_position(v3):
+    """Three tokens a row, each row at its own position, as when drafts are verified. What lies beyond is rewritten."""
+    tokens, start = random_tokens(4, LENGTH), torch.tensor([0, 17, 63, 93])
+    whole = v3(tokens, all_positions=True)
+    cache = prefilled(v3, tokens, LENGTH)
+    window = start[:, None] + torch.arange(3)
+    logits = v3(tokens.gather(1, window), start, cache, kv_len=LENGTH, all_positions=True)
+    wanted = whole.gather(1, window[..., None].expand_as(logits))
+    assert error(logits, wanted) < SUMMED_DIFFERENTLY
+    for row, first in enumerate(start.tolist()):
+        one = v3(tokens[row : row + 1, first : first + 3], first, cache[:, row : row + 1], all_positions=True)
+        assert error(one[0], wanted[row]) < SUMMED_DIFFERENTLY
+
+
+def test_rollback(v3):
+    """Drafts that were rejected leave nothing behind: the next tokens overwrite them, position by position."""
+    tokens, drafts = random_tokens(2, 60), random_tokens(2, 5, seed=1)
+    cache, clean = prefilled(v3, tokens[:, :40], 80), prefilled(v3, tokens[:, :40], 80)
+    v3(drafts, 40, cache)
+    accepted = torch.tensor([41, 40])  # of row 0 one draft is taken, which then is its token
+    tokens[0, 40] = drafts[0, 0]
+    v3(tokens[:1, 40:41], 40, clean[:, :1])
+    for i in range(4):
+        token = tokens.gather(1, (accepted + i)[:, None])
+        logits, wanted = (v3(token, accepted + i, c, kv_len=46) for c in (cache, clean))
+        assert error(logits, wanted) < SUMMED_DIFFERENTLY
+
+
+def test_cache_rows_in_any_order(v3):
+    tokens, rows = random_tokens(3, 50), torch.tensor([4, 0, 2])
+    cache = v3.new_cache(5, 50)
+    wanted = v3(tokens, all_positions=True)
+    assert error(v3(tokens[:, :40], 0, cache, rows=rows, all_positions=True), wanted[:, :40]) < SUMMED_DIFFERENTLY
+    assert not cache[:, [1, 3]].any() and cache[:, rows].any(-1).sum() == v3.args.n_layers * 3 * 40
+    for i in range(40, 50):
+        some = [2, 0] if i % 2 else [0, 2]  # row 1 of the batch is finished and costs nothing
+        logits = v3(tokens[some, i : i + 1], i, cache, rows=rows[some])
+        assert error(logits, wanted[some, i]) < SUMMED_DIFFERENTLY
+
+
+@pytest.mark.parametrize("absorb", [True, False], ids=["absorbed", "expanded"])
+@pytest.mark.parametrize("start", [38, torch.tensor([38, 10])], ids=["number", "tensor"])
+def test_writes_past_the_end_are_dropped(v3, monkeypatch, absorb, start):
+    """Drafting near the end of the cache: five tokens of which two fit in row 0."""
+    monkeypatch.setattr("model.MLA.absorb", lambda self, seqlen, kv_len: absorb)
+    tokens, more = random_tokens(2, 40), random_tokens(2, 5, seed=1)
+    tight, roomy = prefilled(v3, tokens[:, :38], 40), prefilled(v3, tokens[:, :38], 60)
+    kv_len = None if isinstance(start, int) else 43
+    logits, wanted = (v3(more, start, cache, kv_len=kv_len, all_positions=True) for cache in (tight, roomy))
+    assert error(logits[0, :2], wanted[0, :2]) < SUMMED_DIFFERENTLY
+    fits = 2 if isinstance(start, int) else 5
+    assert error(logits[1, :fits], wanted[1, :fits]) < SUMMED_DIFFERENTLY
+    assert torch.allclose(tight, roomy[:, :, :40], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(tight, prefilled(v3, tokens[:, :38], 40))
+
+
+@pytest.mark.parametrize("S", [1, 6, 60])
+def test_garbage_past_a_rows_end_is_never_seen(v3, S):
+    """What another request left in the cache has weight zero, not a small one."""
+    tokens, start = random_tokens(2, 70), torch.tensor([10, 3])
+    clean = prefilled(v3, tokens[:, :10], 80)
+    clean[:, 1, 3:] = 0
+    dirty = clean.clone()
+    dirty[:, 0, 10:] = 1e4
+    dirty[:, 1, 3:] = -1e4
+    window = tokens.gather(1, start[:, None] + torch.arange(S))
+    results = [v3(window, start, cache, kv_len=80, all_positions=True) for cache in (clean, dirty)]
+    assert torch.equal(*results)
+
+
+def test_kv_len_bounds_work_and_never_results(v3):
+    tokens, start = random_tokens(2, 40), torch.tensor([20, 31])
+    window = tokens.gather(1, start[:, None] + torch.arange(4))
+    cache = prefilled(v3, tokens[:, :31], 64)
+    tightest = v3(window, start, cache, kv_len=35, all_positions=True)
+    for kv_len in (36, 50, 64, 1000):
+        assert error(v3(window, start, cache, kv_len=kv_len, all_positions=True), tightest) < SUMMED_DIFFERENTLY
+    with pytest.raises(ValueError, match="kv_len"):
+        v3(window, start, cache)
+
+
+def test_last_position_is_one_of_all(v3):
+    tokens, lengths = random_tokens(3, 20), torch.tensor([20, 1, 13])
+    whole = v3(tokens, all_positions=True)
+    assert whole.dtype == torch.float32 and whole.shape == (3, 20, 520)
+    assert error(v3(tokens), whole[:, -1]) < SUMMED_DIFFERENTLY
+    assert error(v3(tokens, lengths=lengths), whole[torch.arange(3), lengths - 1]) < SUMMED_DIFFERENTLY
+
+
+def test_cache_layout(v3, load):
+    assert v3.new_cache(3, 17).shape == (3, 3, 17, 128 + 32)
+    assert load("v3", mtp=2).new_cache(3, 17).shape == (5, 3, 17, 160)
+    assert load("v3", "bf16").new_cache(1, 1).dtype == torch.bfloat16
+
+
+# --- FP8 and BF16 -----------------------------------------------------------------------------------------------------
+
+
+def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
+    return torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item()
+
+
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+@pytest.mark.parametrize("kind", ["v3", "v2lite"])
+def test_fp8_arithmetic_stays_near_the_weights(hf_folder, load, kind, scale_fmt):
+    tokens = random_tokens(2, LENGTH)
+    with torch.inference_mode():
+        exact = oracle(hf_folder(kind, "fp8", scale_fmt=scale_fmt))(tokens).logits
+    in_fp8 = load(kind, "fp8", scale_fmt=scale_fmt)(tokens, all_positions=True)
+    in_bf16 = load(kind, "fp8", memory="bf16", scale_fmt=scale_fmt)(tokens, all_positions=True)
+    print(kind, scale_fmt, cosine(in_bf16, exact), cosine(in_fp8, exact), cosine(in_fp8, in_bf16))
+
+
+def test_scale_fmt_reaches_every_linear(load, monkeypatch):
+    """By what act_quant is asked for, and by the scales it gives."""
+    calls = []
+
+    def record(x, scale_fmt=None, act_quant=kernel.act_quant):
+        y, scale = act_quant(x, scale_fmt)
+        calls.append((scale_fmt, bool((scale.log2() == scale.log2().round()).all())))
+        return y, scale
+
+    monkeypatch.setattr(kernel, "act_quant", record)
+    tokens = random_tokens(1, 40)
+    for scale_fmt in (None, "ue8m0"):
+        calls.clear()
+        model = load("v3", "fp8", scale_fmt=scale_fmt, mtp=1)
+        step = model.step(tokens.shape)
+        model.draft(0, model.hidden(tokens, step), tokens, step)
+        # 4 blocks: wq_a, wq_b, wkv_a, wo and, as 40 tokens reach every expert, 3 for each MLP.
+        assert len(calls) == 4 * 4 + 3 * (1 + 3 * (12 + 1))
+        assert set(calls) == {(scale_fmt, scale_fmt == "ue8m0")}
+
+
+def test_what_is_in_fp8(load):
+    """All linears but embedding, head, eh_proj and the gate; and wkv_b, which is dequantised for its two halves."""
+    model = load("v3", "fp8", mtp=1)
+    wide = {name for name, module in model.named_modules() if isinstance(module, Linear) and module.scale is None}
+    attns = [f"layers.{i}.attn" for i in range(3)] + ["mtp.0.attn"]
+    assert wide == {"head", "mtp.0.eh_proj"} | {f"{attn}.wkv_b" for attn in attns}
+    dtypes = {parameter.dtype for parameter in load("v3", "bf16").parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["v3", "v2lite"])
+def test_parameters_are_the_checkpoints_tensors(load, kind, dtype):
+    options = {"mtp": 2} if kind == "v3" else {}
+    model = load(kind, dtype, **options)
+    wanted = {}
+    for spec in tensor_specs(model.args).values():
+        if spec.expert is not None:
+            wanted[spec.name.replace(f"experts.{spec.expert}.", "experts.")] = (spec.n_experts, *spec.shape), spec.dtype
+        elif ".wkv_b." not in spec.name or dtype != "fp8":
+            wanted[spec.name] = spec.shape, spec.dtype
+        elif spec.name.endswith("weight"):
+            wanted[spec.name] = spec.shape, torch.bfloat16
+    found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    assert found == wanted
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+GATES = {
+    "v3": {"score_func": "sigmoid", "n_routed_experts": 24, "n_expert_groups": 6, "n_limited_groups": 3},
+    "v2": {"score_func": "softmax", "n_routed_experts": 24, "n_expert_groups": 6, "n_limited_groups": 2},
+    "kimi": {"score_func": "sigmoid", "n_routed_experts": 24, "n_expert_groups": 1, "n_limited_groups": 1},
+    "v2lite": {"score_func": "softmax", "n_routed_experts": 24, "n_expert_groups": 1, "n_limited_groups": 1},
+}
+
+
+def make_gate(kind: str, seed: int = 0) -> Gate:
+    args = ModelArgs.from_hf(COMMON | KINDS["v3"])
+    gate = Gate(replace(args, n_activated_experts=5, route_scale=1.7, **GATES[kind]))
+    generator = torch.Generator().manual_seed(seed)
+    gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator) * 0.1)
+    if gate.bias is not None:
+        gate.bias.copy_(torch.randn(gate.bias.shape, generator=generator) * 0.3)
+    return gate
+
+
+def routes(gate: Gate, x: torch.Tensor) -> list[dict[int, float]]:
+    """Expert -> weight for each token, one token, group and expert at a time in float64."""
+    args, all_routes = gate.args, []
+    size = args.n_routed_experts // args.n_expert_groups
+    for row in x.double() @ gate.weight.double().T:
+        sigmoid = args.score_func == "sigmoid"
+        exp = [math.exp(value) for value in row.tolist()]
+        scores = [e / (1 + e) if sigmoid else e / sum(exp) for e in exp]
+        bias = gate.bias.tolist() if sigmoid else [0.0] * len(scores)
+        choice = [score + b for score, b in zip(scores, bias, strict=True)]
+        groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(args.n_expert_groups)]
+        best = sorted(range(len(groups)), key=lambda g: -sum(groups[g][: 2 if sigmoid else 1]))
+        allowed = [e for e in range(len(scores)) if e // size in best[: args.n_limited_groups]]
+        chosen = sorted(allowed, key=lambda e: -choice[e])[: args.n_activated_experts]
+        total = sum(scores[e] for e in chosen) if sigmoid else 1.0
+        all_routes.append({e: scores[e] / total * args.route_scale for e in chosen})
+    return all_routes
+
+
+@pytest.mark.parametrize("lift", [0.0, -5.0, 5.0])
+@pytest.mark.parametrize("kind", GATES)
+def test_gate_against_plain_float64(kind, lift):
+    """Also with a bias that makes every choice score negative: groups left out must not come back as zeros."""
+    gate = make_gate(kind)
+    if gate.bias is not None:
+        gate.bias += lift
+    x = torch.randn(200, gate.args.dim, generator=torch.Generator().manual_seed(1))
+    weights, indices = gate(x)
+    assert weights.dtype == torch.float32
+    for row_weights, row_indices, wanted in zip(weights.tolist(), indices.tolist(), routes(gate, x), strict=True):
+        assert dict(zip(row_indices, row_weights, strict=True)) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["v3", "kimi"])
+def test_bias_decides_where_and_never_how_much(kind):
+    gate = make_gate(kind)
+    x = torch.randn(300, gate.args.dim, generator=torch.Generator().manual_seed(1))
+    gate.bias.zero_()
+    weights, indices = gate(x)
+    gate.bias.copy_(torch.randn(24, generator=torch.Generator().manual_seed(2)) * 0.02)
+    moved_weights, moved_indices = gate(x)
+    same = (indices.sort(-1).values == moved_indices.sort(-1).values).all(-1)
+    assert 50 < same.sum() < 300
+    order, moved_order = indices.argsort(-1), moved_indices.argsort(-1)
+    assert torch.allclose(weights.gather(1, order)[same], moved_weights.gather(1, moved_order)[same], rtol=1e-6)
+    gate.bias[7] = 100.0
+    assert (gate(x)[1] == 7).any(-1).all()
+    assert torch.allclose(gate(x)[0].sum(-1), torch.tensor(gate.args.route_scale))
+
+
+def test_router_stays_in_fp32(load):
+    """Of a bf16 model, and under autocast: bit for bit what an fp32 gate makes of the same bf16 input."""
+    gate = load("v3", "bf16").layers[1].ffn.gate
+    x = torch.randn(100, gate.args.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fp32 = Gate(replace(gate.args, dtype="fp32"))
+    fp32.load_state_dict({name: tensor.float() for name, tensor in gate.state_dict().items()})
+    weights, indices = fp32(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = gate(x)
+    for found in (gate(x), under_autocast):
+        assert torch.equal(found[0], weights) and torch.equal(found[1], indices)
+    assert weights.dtype == torch.float32
+
+
+def test_rms_norm_in_bf16_is_computed_in_fp32():
+    norm = RMSNorm(64, ModelArgs.from_hf(COMMON | KINDS["v3"]))
+    x = (torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * 30).bfloat16()
+    norm.weight.copy_(torch.linspace(0.5, 1.5, 64))
+    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    assert ((norm(x).double() - wanted).abs() <= 2.0**-8 * 1.01 * wanted.abs()).all()
