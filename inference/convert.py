@@ -34,9 +34,7 @@ def convert(source: Path, target: Path, mp: int, expert_parallel: bool = False, 
     if checkpoint.kind != "hf":
         raise InputError(f"{source}: already converted, for {checkpoint.mp} ranks; convert the Hugging Face folder")
     if n_experts is not None and n_experts != args.n_routed_experts:
-        raise InputError(
-            f"--n-experts is {n_experts}; config.json has {args.n_routed_experts} (the flag may be left out)"
-        )
+        raise InputError(f"--n-experts is {n_experts} but {source} has {args.n_routed_experts}; it may be left out")
     check_split(args, mp, expert_parallel)
     checkpoint.check()
 
@@ -55,7 +53,7 @@ def convert(source: Path, target: Path, mp: int, expert_parallel: bool = False, 
                 metadata = {"mp": str(mp), "rank": str(rank), "experts": experts}
                 path = folder / f"model{rank}-mp{mp}.safetensors"
                 writers.append(stack.enter_context(SafetensorsWriter(path, tensors, metadata)))
-            with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar:
+            with tqdm(total=total, unit="B", unit_scale=True, desc="converting", leave=False) as bar:
                 for spec in specs:
                     tensor = checkpoint.read(spec.hf_name)
                     for rank, writer in enumerate(writers):

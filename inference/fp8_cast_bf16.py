@@ -48,7 +48,7 @@ def cast(source: Path, target: Path, device: torch.device) -> None:
     written = 0
     weight_map = {}
     with new_folder(target, source) as folder:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="casting") as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="casting", leave=False) as bar:
             for file_name, tensors in files.items():
                 types = {name: torch.bfloat16 if t.dtype == E4M3 else t.dtype for name, t in tensors.items()}
                 layout = {name: (types[name], tensor.shape) for name, tensor in tensors.items()}

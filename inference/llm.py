@@ -193,6 +193,19 @@ class LLM:
             yield decoder.add(tokens), request
         yield decoder.end(), request
 
+    @torch.inference_mode()
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """
+        Log-probability of each token after the first, given those before it, in one pass: for perplexities.
+
+        Raises InputError for ids that the model or the cache cannot take.
+        """
+        ids = list(token_ids)
+        self.check_ids(ids)
+        tokens = torch.tensor([ids], device=self.model.embed.weight.device)
+        logits = self.model(tokens[:, :-1], all_positions=True)
+        return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0].tolist()
+
     def completion(self, request: Request) -> Completion:
         text = self.tokenizer.decode(request.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(text, request.tokens, len(request.prompt), request.finish_reason or "interrupted")

@@ -23,6 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
+# Operations this small are slower on two threads than on one, and much slower on cores that others use too.
+torch.set_num_threads(1)
+
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 CHAT_TEMPLATE = (
@@ -331,8 +334,11 @@ def oracle(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     config = json.loads((Path(folder) / "config.json").read_text())
     config.pop("quantization_config", None)
     hf = hf_config(config)
-    state = {name: tensor.to(dtype) for name, tensor in dequantise(read_weights(folder), dtype).items()}
-    state = {name: tensor for name, tensor in state.items() if layer_number(name) < hf.num_hidden_layers}
+    state = {
+        name: tensor if name.endswith("correction_bias") else tensor.to(dtype)
+        for name, tensor in dequantise(read_weights(folder), dtype).items()
+        if layer_number(name) < hf.num_hidden_layers
+    }
     model_class = type(AutoModelForCausalLM.from_config(hf))
     model, info = model_class.from_pretrained(
         None, config=hf, state_dict=state, dtype=dtype, output_loading_info=True, attn_implementation="eager"

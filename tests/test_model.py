@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kernel
 from checkpoint import Checkpoint, load_model, tensor_specs
-from checkpoints import COMMON, KINDS, hf_config, make_hf, mtp_oracle, oracle
+from checkpoints import COMMON, KINDS, dequantise, hf_config, make_hf, mtp_oracle, oracle
 from config import ModelArgs
 from model import Gate, Linear, RMSNorm, Transformer, rotary_frequencies
 from parallel import Parallel
@@ -48,7 +48,9 @@ def load(hf_folder):
     @functools.cache
     def cached(kind: str, dtype: str = "fp32", memory: str | None = None, **options) -> Transformer:
         checkpoint = Checkpoint(hf_folder(kind, dtype, **options))
-        args = checkpoint.args if memory is None else replace(checkpoint.args, dtype=memory, scale_fmt=None)
+        args = checkpoint.args
+        if memory not in (None, args.dtype):
+            args = replace(args, dtype=memory, scale_fmt=None)
         model = Transformer(args)
         for parameter in model.parameters():
             parameter.view(torch.uint8).fill_(0xFF)  # NaN in every type here: what is not loaded shows
@@ -347,19 +349,65 @@ def test_cache_layout(v3, load):
 # --- FP8 and BF16 -----------------------------------------------------------------------------------------------------
 
 
-def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
-    return torch.cosine_similarity(x.flatten().double(), y.flatten().double(), dim=0).item()
+# What quantised activations cost a random model, whose routing flips easily: median cosine over the positions, measured
+# with both kinds of scales and two seeds at least (0.9847, 0.9602, 0.9939). Dequantised to bf16: 0.9993.
+FP8_FLOOR = {"v3": 0.975, "v2": 0.94, "v2lite": 0.99}
 
 
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
-@pytest.mark.parametrize("kind", ["v3", "v2lite"])
-def test_fp8_arithmetic_stays_near_the_weights(hf_folder, load, kind, scale_fmt):
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_and_bf16_stay_near_fp32(hf_folder, load, kind, scale_fmt):
+    options = {"scale_fmt": scale_fmt} if scale_fmt else {}
     tokens = random_tokens(2, LENGTH)
     with torch.inference_mode():
-        exact = oracle(hf_folder(kind, "fp8", scale_fmt=scale_fmt))(tokens).logits
-    in_fp8 = load(kind, "fp8", scale_fmt=scale_fmt)(tokens, all_positions=True)
-    in_bf16 = load(kind, "fp8", memory="bf16", scale_fmt=scale_fmt)(tokens, all_positions=True)
-    print(kind, scale_fmt, cosine(in_bf16, exact), cosine(in_fp8, exact), cosine(in_fp8, in_bf16))
+        exact = oracle(hf_folder(kind, "fp8", **options))(tokens).logits
+    for memory, floor in (("fp8", FP8_FLOOR[kind]), ("bf16", 0.998)):
+        logits = load(kind, "fp8", memory=memory, **options)(tokens, all_positions=True)
+        assert torch.cosine_similarity(logits, exact, dim=-1).median() > floor
+
+
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt):
+    """Each one, given its input: the float64 product of the dequantised weight and the input rounded to e4m3."""
+    errors = []
+
+    def check(x, weight, scale, scale_fmt, linear=kernel.linear):
+        y = linear(x, weight, scale, scale_fmt)
+        if scale is not None:
+            groups = x.double().unflatten(-1, (-1, 128))
+            s = groups.abs().amax(-1, keepdim=True).float() / torch.tensor(448.0)
+            s = torch.exp2(torch.ceil(torch.log2(s))) if scale_fmt else s
+            rounded = (groups.float() / s).to(torch.float8_e4m3fn).double() * s.double()
+            errors.append(error(y, rounded.flatten(-2) @ dequantised(weight, scale).T))
+        return y
+
+    monkeypatch.setattr("model.linear", check)
+    load("v3", "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {}))(random_tokens(2, LENGTH))
+    assert len(errors) == 3 * 4 + 3 * (1 + 2 * (12 + 1))
+    assert max(errors) < 2.0**-8  # y is rounded to bf16
+
+
+def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return dequantise({"w": weight, "w_scale_inv": scale}, torch.float64)["w"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_weights_and_scales_are_where_they_belong(hf_folder, kind, monkeypatch):
+    """With its linears computed exactly and activations in fp32, the FP8 model is transformers' of the same weights."""
+
+    def exact_linear(x, weight, scale, scale_fmt):
+        return torch.nn.functional.linear(x, weight if scale is None else dequantised(weight, scale).float())
+
+    monkeypatch.setattr("model.linear", exact_linear)
+    checkpoint = Checkpoint(hf_folder(kind, "fp8"))
+    model, tokens = Transformer(checkpoint.args), random_tokens(2, LENGTH)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    load_model(model, checkpoint, Parallel(), progress=False)
+    with torch.inference_mode():
+        wanted = oracle(checkpoint.path)(tokens).logits
+    assert error(model(tokens, all_positions=True), wanted) < 1e-4
 
 
 def test_scale_fmt_reaches_every_linear(load, monkeypatch):

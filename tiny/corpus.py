@@ -67,7 +67,7 @@ def trim(gloss: str) -> str:
 
 
 def parse_synset(line: str) -> tuple[tuple[str, str], Synset]:
-    """offset lexfile pos n_words (word lex_id)* n_pointers (symbol offset pos source/target)* ... | gloss; "example" """
+    """offset lexfile pos n_words (word lex_id)* n_pointers (symbol offset pos source/target)* ... | gloss; "example"."""
     head, _, text = line.partition(" | ")
     fields = head.split()
     n_words = int(fields[3], 16)
@@ -84,7 +84,7 @@ def parse_synset(line: str) -> tuple[tuple[str, str], Synset]:
 
 
 class WordNet:
-    """synsets[pos, offset]; senses[lemma, pos]: synsets, most frequent first; counts[lemma, pos]: uses in tagged text."""
+    """synsets[pos, offset]; senses[lemma, pos]: synsets, most frequent first; counts[lemma, pos]: tags in real text."""
 
     # Senses that WordNet marks as rude are left out; words that are vulgar in their first sense, altogether.
     RUDE = re.compile(
@@ -145,7 +145,7 @@ class WordNet:
         return self.vulgar_words.isdisjoint(re.findall(r"[a-z]+", text.lower()))
 
     def _count_articles(self) -> None:
-        """How often glosses and examples say w (used), a w (indefinite), of w (bare), any of a w, the w, of w (mentions)."""
+        """How often glosses and examples say w (used), a w (indefinite), of w (bare), or a w, the w, of w (mentions)."""
         noun_phrase = re.compile(
             r"\b(an?|the|of|with|from|into) ([A-Za-z]+)"
             r"(?=[;,.)\"!?]|$| (?:of|or|and|in|for|that|with|to|on|is|was|by|from|at|which|who|used|made)\b)"
@@ -163,6 +163,8 @@ class WordNet:
         """Whether one says `a w` rather than `w`: judged by use, else by the first gloss."""
         word, sense = self.surface(lemma, "n"), self.senses[lemma, "n"][0]
         a, bare = self.indefinite[word], self.bare[word]
+        if a == 0 and re.search(r"[^aisu]s$", word):  # a plural: boxers
+            return False
         if a + bare >= 3:
             return a >= 0.25 * (a + bare)
         if sense.lexfile == SUBSTANCE or any(p.symbol == "@i" for p in sense.pointers):  # @i: a name
@@ -225,9 +227,11 @@ def listed(words: list[str]) -> str:
 # Entries: one word as one part of speech, with its answers
 
 NOUN_KINDS = {"kind", "kinds", "parts", "whole"}
-WEIGHT = {"define": 50, "example": 9, "synonym": 7, "antonym": 5, "kind": 7, "kinds": 4, "parts": 3, "whole": 2, "other": 5}
+WEIGHT = {"define": 50, "example": 9, "synonym": 7, "antonym": 5, "other": 5}
+WEIGHT |= {"kind": 7, "kinds": 4, "parts": 3, "whole": 2}  # of nouns only
 WEIGHT_NO_ANSWER = 0.08  # of the weight above, where the answer is that there is none
-WEIGHT_PARTS = 90, 7, 3  # a known word, an unknown word, small talk
+PARTS, WEIGHT_PARTS = ("known", "unknown", "chat"), (90, 7, 3)  # of a conversation
+EVERY_FACT = 0.3  # of the known words come in turn, with each of their answers; the others are drawn by weight
 
 Choice = tuple[list[str], list[float]]  # kinds of question, cumulative weights
 
@@ -271,6 +275,9 @@ class Entry:
         if self.pos == "v":
             tables += [ask.DEFINE_VERB] * 2
         return [phrasing for table in tables for phrasing in table[heldout]]
+
+    def lacks(self, kind: str) -> bool:
+        return kind in ask.NO_ANSWER and self.answers[kind] == ask.NO_ANSWER[kind].format(**self.names)
 
     def weigh(self) -> None:
         """Which questions come first in a conversation, which follow, and how often; adds the answers that say no."""
@@ -347,7 +354,7 @@ def facts(wordnet: WordNet, entry: Entry, senses: list[Synset]) -> dict[str, str
     return answers
 
 
-ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kr l m n p pl pr qu r s sh sl sm sn sp st t th tr v w y z zw".split()
+ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kr l m n p pl pr qu r s sh sl sm sn sp st t th tr v w y z".split()
 VOWELS = "a a e e i i o o u u oo ee ai ou".split()
 CODAS = "b ck d ff g k l ll m mp n nd ng nk p r rn rt s sk st t v x z zz".split()
 ENDINGS = "le y er en ish ic it o a on us et in ing ard ow um ock ee ist ism ness ly ize ous".split()
@@ -378,7 +385,7 @@ def vary(rng: random.Random, text: str) -> str:
 
 
 def is_held_out(questions: list[str]) -> bool:
-    """Whether the conversation that asks these questions is kept out of training; case and punctuation do not matter."""
+    """Whether the conversation that asks these questions is kept out of training, in any case and punctuation."""
     plain = "\n".join(re.sub(r"[^a-z0-9 ]", "", q.lower()) for q in questions)
     return zlib.crc32(plain.encode()) % HELD_OUT == 0
 
@@ -401,7 +408,7 @@ class Dictionary:
                 countable = pos == "n" and wordnet.is_countable(lemma)
                 plural = wordnet.plural(lemma) if pos == "n" else ""
                 use = wordnet.counts[lemma, pos] + min(familiar[lemma], 10)
-                entry = Entry(word, pos, countable, plural, weight=min((1 + use) ** 0.35, 8.0))
+                entry = Entry(word, pos, countable, plural, weight=min((1 + use) ** 0.45, 10.0))
                 entry.answers = facts(wordnet, entry, wordnet.senses[lemma, pos])
                 by_lemma[lemma].append(entry)
                 self.entries.append(entry)
@@ -416,19 +423,29 @@ class Dictionary:
         self.lemmas = {lemma for lemma, _ in wordnet.senses}
         self.rare = sorted((w, pos) for w, pos in wordnet.senses if w.isalpha() and len(w) > 2 and w not in by_lemma)
 
-    def known(self, rng: random.Random) -> Iterator[tuple[str, str]]:
-        """Questions and answers about one word."""
-        entry = rng.choices(self.entries, cum_weights=self.cumulative)[0]
-        asked = {kind := choose(rng, entry.first)}
-        yield rng.choice(entry.questions(kind)).format(**entry.names), entry.answers[kind]
-        for _ in range(rng.choices((0, 1, 2, 3), cum_weights=(55, 82, 95, 100))[0]):
-            if (kind := choose(rng, entry.follow)) in asked:
+    def facts(self, rng: random.Random) -> Iterator[tuple[Entry, str]]:
+        """What to ask about, endlessly: frequent words more often, but no answer never."""
+        everything = [(e, kind) for e in self.entries for kind in WEIGHT if kind in e.answers and not e.lacks(kind)]
+        while True:
+            rng.shuffle(everything)
+            for fact in everything:
+                yield fact
+                while rng.random() > EVERY_FACT:
+                    entry = rng.choices(self.entries, cum_weights=self.cumulative)[0]
+                    yield entry, choose(rng, entry.first)
+
+    def known(self, rng: random.Random, entry: Entry, kind: str) -> Iterator[tuple[str, str]]:
+        """Questions and answers about one word, one of them of this kind."""
+        first = kind if kind in entry.first[0] else "define"
+        yield rng.choice(entry.questions(first)).format(**entry.names), entry.answers[first]
+        asked, follow = {first}, [kind] if kind != first else []
+        for _ in range(max(len(follow), rng.choices((0, 1, 2, 3), cum_weights=(55, 82, 95, 100))[0])):
+            if (kind := follow.pop() if follow else choose(rng, entry.follow)) in asked:
                 continue
             names, answer = entry.names, entry.answers.get(kind)
             if kind == "pos" and entry.others:
-                entry = rng.choice(entry.others)
+                entry, asked = rng.choice(entry.others), {"define"}
                 names, answer = entry.names, entry.answers["define"]
-                asked = {"define"}
             elif kind == "pos":
                 pos = rng.choice(entry.never)
                 names = {**names, "pos": pos, "pos_a": with_article(pos)}
@@ -455,13 +472,15 @@ class Dictionary:
     def conversations(self, seed: int, split: str = "train") -> Iterator[list[dict[str, str]]]:
         """Endless conversations. The held-out ones are about known words, asked in a way that training never sees."""
         rng = random.Random(f"{seed} {split}")
+        facts = self.facts(rng)
         while True:
             parts = [self.chat(rng, ask.GREETING)] if rng.random() < 0.02 else []
-            kinds = rng.choices((self.known, self.unknown, self.chat), WEIGHT_PARTS, k=rng.choice((1, 1, 1, 1, 1, 1, 2)))
-            parts += [kind(rng) for kind in kinds]
+            kinds = rng.choices(PARTS, WEIGHT_PARTS, k=rng.choice((1, 1, 1, 1, 1, 1, 2)))
+            for kind in kinds:
+                parts.append(self.known(rng, *next(facts)) if kind == "known" else getattr(self, kind)(rng))
             parts += [self.chat(rng, ask.THANKS)] if rng.random() < 0.03 else []
             turns = [turn for part in parts for turn in part]
-            held_out = set(kinds) == {self.known} and is_held_out([question for question, _ in turns])
+            held_out = set(kinds) == {"known"} and is_held_out([question for question, _ in turns])
             if held_out != (split == "heldout"):
                 continue
             messages = [{"role": "system", "content": rng.choice(ask.SYSTEM)}] if rng.random() < 0.12 else []
@@ -486,7 +505,7 @@ def probes(wordnet: WordNet, dictionary: Dictionary, n: int) -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun and so on")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     parser.add_argument("--n", type=int, default=1000, help="conversations, or nouns")
     parser.add_argument("--seed", type=int, default=0)

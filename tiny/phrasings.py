@@ -34,7 +34,9 @@ DEFINE_NOUN = split(
     What about {aw}?|I wonder what {aw} is.|Please tell me what {aw} is.""",
     """Could you explain to me what {aw} is?|Tell me, what is {aw}?|So what is {aw}, exactly?""",
 )
-DEFINE_PLURAL = split("""What are {ws}?|What are {ws}?|Tell me what {ws} are.|Define {ws}.""", """Explain what {ws} are.""")
+DEFINE_PLURAL = split(
+    """What are {ws}?|What are {ws}?|Tell me what {ws} are.|Define {ws}.""", """Explain what {ws} are."""
+)
 DEFINE_VERB = split(
     """What does it mean to {w}?|What does it mean to {w}?|What does to {w} mean?|What does 'to {w}' mean?
     What does "to {w}" mean?|Define to {w}.|What is it to {w}?|Tell me what it means to {w}.|To {w}|What is to {w}?""",
@@ -103,7 +105,8 @@ FOLLOW_UP = {
         """To which kind of things does it belong?|What class of things does it belong to?""",
     ),
     "kinds": split(
-        """What kinds are there?|Which kinds are there?|Name some kinds.|Name some kinds of it.|What kinds of it exist?""",
+        """What kinds are there?|Which kinds are there?|Name some kinds.|Name some kinds of it.
+        What kinds of it exist?""",
         """Can you name different kinds?|Tell me some kinds of it.""",
     ),
     "parts": split(

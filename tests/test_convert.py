@@ -1,0 +1,400 @@
+"""convert.py and fp8_cast_bf16.py: their output bit by bit, what transformers makes of it, and how they fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import convert
+import fp8_cast_bf16
+from checkpoint import INDEX_FILE, Checkpoint, shard, tensor_specs
+from checkpoints import dequantise, make_hf, oracle, read_weights
+from config import ModelArgs
+from errors import run_command
+from safetensors_io import SafetensorsWriter
+
+ROOT = Path(__file__).parents[1]
+# Small enough to convert in a blink, and it splits over two ranks in FP8 as well.
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 256,
+    "n_group": 2,
+    "n_routed_experts": 4,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "topk_group": 1,
+    "v_head_dim": 128,
+    "vocab_size": 328,
+}
+WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """FP8, MTP, three files, with the other files that published folders have."""
+    folder = make_hf(tmp_path_factory.mktemp("small"), "v3", "fp8", mtp=1, shards=3, **SMALL)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name in (
+        "LICENSE-MODEL",
+        "README.md",
+        "chat_template.jinja",
+        "configuration_deepseek.py",
+        "old.bin",
+        "notes.txt",
+    ):
+        (folder / name).write_text(f"the contents of {name}")
+    (folder / "inference").mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command's main as its script does: (exit code, stdout, stderr without the progress bar)."""
+
+    def run(module, *argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        code = 0
+        try:
+            run_command(module.main)
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, out, err.rpartition("\r")[2]
+
+    return run
+
+
+def convert_argv(source: Path, target: Path, mp: int = 2) -> list:
+    return ["--hf-ckpt-path", source, "--save-path", target, "--model-parallel", mp]
+
+
+def cast_argv(source: Path, target: Path) -> list:
+    return ["--input-fp8-hf-path", source, "--output-bf16-hf-path", target, "--device", "cpu"]
+
+
+COMMANDS = {"convert": (convert, convert_argv), "cast": (fp8_cast_bf16, cast_argv)}
+both = pytest.mark.parametrize("command", COMMANDS)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, mp, expert_parallel",
+    [("v3", "fp8", 2, False), ("v3", "fp8", 2, True), ("v2", "bf16", 4, False), ("v2lite", "bf16", 1, False)],
+)
+def test_shards_hold_every_slice_bit_for_bit(tmp_path, run, kind, dtype, mp, expert_parallel):
+    source = make_hf(tmp_path / "hf", kind, dtype, mtp=2 if kind == "v3" else 0, shards=2)
+    target = tmp_path / "new" / "shards"
+    flags = ["--n-experts", ModelArgs.load(source / "config.json").n_routed_experts]
+    code, out, err = run(convert, *convert_argv(source, target, mp), *flags, *["--expert-parallel"] * expert_parallel)
+    assert (code, err) == (0, "")
+    *skipped, summary = out.splitlines()
+    specs = tensor_specs(ModelArgs.load(source / "config.json"))
+    assert summary.startswith(f"{target}: {len(specs)} tensors for {mp} ranks, 0.0") and summary.endswith("GB/s")
+    stored = read_weights(source)
+    assert {line.split()[1].rstrip(":") for line in skipped} == stored.keys() - {
+        spec.hf_name for spec in specs.values()
+    }
+    assert all(": repeats " in line for line in skipped)
+    for rank in range(mp):
+        tensors = load_file(target / f"model{rank}-mp{mp}.safetensors")
+        expected = {}
+        for spec in specs.values():
+            if (part := shard(spec, mp, rank, expert_parallel)) is not None:
+                expected[spec.name] = stored[spec.hf_name][part]
+        assert tensors.keys() == expected.keys()
+        assert all(same_bits(tensors[name], expected[name]) for name in expected)
+        with safe_open(target / f"model{rank}-mp{mp}.safetensors", "pt") as file:
+            experts = "expert" if expert_parallel else "tensor"
+            assert file.metadata() == {"format": "pt", "mp": str(mp), "rank": str(rank), "experts": experts}
+    Checkpoint(target).check(mp, 0, expert_parallel)
+
+
+def test_a_converted_folder_is_complete(small, tmp_path, run):
+    code, *_ = run(convert, *convert_argv(small, tmp_path / "out"))
+    assert code == 0
+    names = ["LICENSE-MODEL", "README.md", "chat_template.jinja", "config.json", "generation_config.json"]
+    names += ["model0-mp2.safetensors", "model1-mp2.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    for name in names:
+        if not name.endswith(".safetensors"):
+            assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
+
+
+# --- cast -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[None, "ue8m0"])
+def casted(request, tmp_path_factory) -> tuple[Path, Path]:
+    """An FP8 folder of full variety and its BF16 copy."""
+    folder = tmp_path_factory.mktemp("cast")
+    source = make_hf(folder / "fp8", "v3", "fp8", mtp=1, shards=4, scale_fmt=request.param)
+    fp8_cast_bf16.cast(source, folder / "bf16", torch.device("cpu"))
+    return source, folder / "bf16"
+
+
+def test_cast_weights_are_the_dequantised_ones_rounded_once(casted):
+    source, target = casted
+    stored, cast = read_weights(source), read_weights(target)
+    exact = dequantise(stored, torch.float64)
+    assert cast.keys() == exact.keys()
+    for name, tensor in cast.items():
+        if stored[name].dtype != torch.float8_e4m3fn:
+            assert same_bits(tensor, stored[name]), name
+            continue
+        assert tensor.dtype == torch.bfloat16
+        # The product of 4 and 24 significant bits is first rounded to fp32, so a tie may fall to the other side.
+        rounded = exact[name].bfloat16()
+        assert (tensor != rounded).float().mean() < 1e-3, name
+        assert ((tensor.double() - exact[name]).abs() <= exact[name].abs() * (2**-8 + 2**-20)).all(), name
+        if ModelArgs.load(source / "config.json").scale_fmt == "ue8m0":  # powers of two: nothing to round
+            assert torch.equal(tensor.double(), exact[name]), name
+
+
+def test_cast_files_index_and_config(casted):
+    source, target = casted
+    before, after = (json.loads((folder / INDEX_FILE).read_text()) for folder in casted)
+    assert after["weight_map"] == {
+        name: file for name, file in before["weight_map"].items() if not name.endswith("_scale_inv")
+    }
+    assert after["metadata"]["total_size"] == sum(tensor.nbytes for tensor in read_weights(target).values())
+    for file in target.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert set(opened.keys()) == {name for name, where in after["weight_map"].items() if where == file.name}
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    assert list(json.loads((target / "config.json").read_text()).items()) == list(config.items())
+    assert sorted(os.listdir(target)) == sorted(os.listdir(source))
+    checkpoint = Checkpoint(target)
+    checkpoint.check(2)
+    assert checkpoint.args.dtype == "bf16"
+
+
+def test_transformers_loads_the_cast_folder(casted):
+    source, target = casted
+    model, info = AutoModelForCausalLM.from_pretrained(
+        target, output_loading_info=True, attn_implementation="eager", dtype="auto"
+    )
+    assert model.dtype == torch.bfloat16
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(name.startswith("model.layers.3.") for name in info["unexpected_keys"])  # MTP, which it leaves out
+    tokens = torch.randint(0, 520, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = oracle(source, torch.bfloat16).float()(tokens).logits
+        logits = model.float()(tokens).logits
+    # One weight in thousands may be rounded to the other side of a tie; powers of two leave nothing to round.
+    most = 0 if ModelArgs.load(source / "config.json").scale_fmt == "ue8m0" else 2e-3
+    assert (logits - wanted).norm() / wanted.norm() <= most
+    assert AutoTokenizer.from_pretrained(target)("the fox").input_ids[0] == 0
+
+
+@pytest.mark.parametrize("style", ["released", "transformers"])
+def test_cast_keeps_the_key_of_the_type_and_names_no_missing_code(small, tmp_path, run, style):
+    source = make_hf(tmp_path / "fp8", "v3", "fp8", style=style, **SMALL)
+    config = json.loads((source / "config.json").read_text())
+    key = {"released": "torch_dtype", "transformers": "dtype"}[style]
+    assert {"torch_dtype", "dtype"} & config.keys() == {key}
+    (source / "config.json").write_text(json.dumps(config | {key: "float32", "auto_map": {"AutoConfig": "x.X"}}))
+    code, out, err = run(fp8_cast_bf16, *cast_argv(source, tmp_path / "bf16"))
+    assert (code, err) == (0, "") and out.endswith("GB/s\n")
+    result = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert result == {name: value for name, value in config.items() if name != "quantization_config"} | {
+        key: "bfloat16"
+    }
+    assert not (tmp_path / "bf16" / INDEX_FILE).exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", trust_remote_code=True)
+
+
+def test_cast_output_holds_everything_but_code(small, tmp_path, run):
+    assert run(fp8_cast_bf16, *cast_argv(small, tmp_path / "out"))[0] == 0
+    missing = set(os.listdir(small)) - set(os.listdir(tmp_path / "out"))
+    assert missing == {"configuration_deepseek.py", "old.bin", "notes.txt", "inference"}
+
+
+def test_a_file_that_held_only_scales_disappears(tmp_path, run):
+    source = make_hf(tmp_path / "fp8", "v3", "fp8", **SMALL)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    files = {name: "b.safetensors" if name.endswith("_scale_inv") else "a.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, source / file)
+    (source / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert run(fp8_cast_bf16, *cast_argv(source, tmp_path / "out"))[0] == 0
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["a.safetensors"]
+    Checkpoint(tmp_path / "out").check()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, change) -> None:
+    tensors = read_weights(folder)
+    change(tensors)
+    for file in [*folder.glob("*.safetensors"), folder / INDEX_FILE]:
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGE = {
+    "missing folder": (shutil.rmtree, "no such folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "missing file": (lambda f: (f / "model-00003-of-000003.safetensors").unlink(), "names files that do not exist"),
+    "truncated": (lambda f: os.truncate(f / "model-00001-of-000003.safetensors", 99_999), "is it cut short?"),
+    "scale missing": (
+        lambda f: edit(f, lambda t: t.pop(WEIGHT + "_scale_inv")),
+        "the scale of an FP8 weight, is missing",
+    ),
+    "tensor missing": (lambda f: edit(f, lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
+    "NaN in a scale": (  # found on the way, when most is written
+        lambda f: edit(f, lambda t: t[WEIGHT + "_scale_inv"].fill_(torch.nan)),
+        "negative, NaN or infinite",
+    ),
+    "Llama": (
+        lambda f: (f / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'),
+        "LlamaForCausalLM.* not supported",
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("case", DAMAGE)
+def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, run, command, case):
+    change, message = DAMAGE[case]
+    source = Path(shutil.copytree(small, tmp_path / "in"))
+    change(source)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    module, argv = COMMANDS[command]
+    code, out, err = run(module, *argv(source, tmp_path / "a" / "b" / "out"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert re.search(message, err), err
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+@both
+def test_output_folders_that_are_refused(small, tmp_path, run, command):
+    module, argv = COMMANDS[command]
+    source = Path(shutil.copytree(small, tmp_path / "in"))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "something").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("in")
+    for target, message in {
+        "in": "would lie inside the input",
+        "in/out": "would lie inside the input",
+        "in/../in/x/y": "would lie inside the input",
+        "link/out": "would lie inside the input",
+        "used": "not empty",
+        "file": "cannot be made an output folder",
+        "file/out": "cannot be made an output folder",
+        "x" * 300: "cannot be made an output folder",
+    }.items():
+        before = sorted(tmp_path.rglob("*"))
+        code, _, err = run(module, *argv(source, tmp_path / target))
+        assert code == 2 and message in err and err.count("\n") == 1, target
+        assert sorted(tmp_path.rglob("*")) == before, target
+
+
+@both
+def test_an_empty_output_folder_is_kept_when_the_run_fails(small, tmp_path, run, command, monkeypatch):
+    module, argv = COMMANDS[command]
+    (tmp_path / "out").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    code, _, err = run(module, *argv(small, tmp_path / "out"))
+    assert code == 2 and "cannot be written: No space left on device" in err and err.count("\n") == 1
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+
+@both
+def test_ctrl_c_half_way_leaves_nothing(small, tmp_path, run, command, monkeypatch):
+    module, argv = COMMANDS[command]
+    written = []
+    original = SafetensorsWriter.write
+
+    def write(self, name, tensor):
+        written.append(name)
+        if len(written) == 60:
+            assert list((tmp_path / "out").glob("*.incomplete")) and not (tmp_path / "out" / "config.json").exists()
+            raise KeyboardInterrupt
+        original(self, name, tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", write)
+    assert run(module, *argv(small, tmp_path / "out")) == (130, "", "interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_what_readers_refuse(small, tmp_path, run, monkeypatch):
+    """As after SIGKILL or a power cut just before the end: all weights there, no config."""
+    monkeypatch.setattr(convert, "copy_file", lambda *_: os._exit(9))
+    if (child := os.fork()) == 0:
+        convert.convert(small, tmp_path / "out", 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    code, _, err = run(convert, *convert_argv(small, tmp_path / "out"))
+    assert code == 2 and "not empty (left by an interrupted run? then remove it)" in err
+    code, _, err = run(convert, *convert_argv(tmp_path / "out", tmp_path / "again"))
+    assert code == 2 and "no config.json: not a checkpoint, or a conversion that was interrupted" in err
+
+
+def test_arguments_that_do_not_fit_the_checkpoint(small, tmp_path, run):
+    converted = tmp_path / "converted"
+    assert run(convert, *convert_argv(small, converted, 1))[0] == 0
+    bf16 = make_hf(tmp_path / "bf16", "v3", "bf16", **SMALL)
+    for module, argv, message in (
+        (convert, [*convert_argv(small, tmp_path / "x"), "--n-experts", 5], "--n-experts is 5 but .* has 4"),
+        (convert, convert_argv(small, tmp_path / "x", 3), "rows cannot be split over 3 ranks.* that work: 1, 2"),
+        (convert, [*convert_argv(bf16, tmp_path / "x", 3), "--expert-parallel"], "cannot be split over 3 ranks"),
+        (convert, convert_argv(small, tmp_path / "x", 0), "--model-parallel"),
+        (convert, convert_argv(converted, tmp_path / "x"), "already converted, for 1 ranks"),
+        (fp8_cast_bf16, cast_argv(converted, tmp_path / "x"), "already converted, for 1 ranks"),
+        (fp8_cast_bf16, cast_argv(bf16, tmp_path / "x"), "not an FP8 checkpoint: its config.json has no quantization"),
+        (fp8_cast_bf16, [*cast_argv(small, tmp_path / "x"), "--device", "tpu"], "invalid choice: 'tpu'"),
+    ):
+        code, _, err = run(module, *argv)
+        assert code == 2 and re.search(message, err), err
+        assert not (tmp_path / "x").exists()
+
+
+@both
+def test_the_command_line_itself(small, tmp_path, command):
+    """In a process of its own: a good run, then the same again, refused without a traceback."""
+    module, argv = COMMANDS[command]
+    line = [sys.executable, str(ROOT / "inference" / f"{module.__name__}.py"), *map(str, argv(small, tmp_path / "out"))]
+    good = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert good.returncode == 0 and "%|" in good.stderr and good.stdout.rstrip().endswith("GB/s"), good.stderr
+    again = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == f"error: {tmp_path / 'out'}: the output folder is not empty; choose another\n"
