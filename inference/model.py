@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +80,13 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.scale, self.scale_fmt)
 
-    def expert(self, x: torch.Tensor, i: int) -> torch.Tensor:
-        """x through the i-th of the stacked weights."""
-        return linear(x, self.weight[i], None if self.scale is None else self.scale[i], self.scale_fmt)
+    def unstack(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Each of the stacked weights as a function of its own."""
+        scales = [None] * self.weight.shape[0] if self.scale is None else self.scale.unbind()
+        return [
+            functools.partial(linear, weight=weight, scale=scale, scale_fmt=self.scale_fmt)
+            for weight, scale in zip(self.weight.unbind(), scales, strict=True)
+        ]
 
 
 class ColumnParallelLinear(Linear):
@@ -312,13 +317,14 @@ class Experts(nn.Module):
         K = indices.shape[1]
         order = indices.flatten().argsort(stable=True)  # the M * K pairs (token, choice), by expert
         counts = indices.flatten().bincount(minlength=self.first + self.n_local).tolist()
+        w1, w2, w3 = self.w1.unstack(), self.w2.unstack(), self.w3.unstack()
         outputs = []
         for expert, x_i in enumerate(x[order // K].split(counts)):
             i = expert - self.first
             if not 0 <= i < self.n_local:
                 outputs.append(torch.zeros_like(x_i))  # another rank's
             elif x_i.shape[0]:
-                outputs.append(self.w2.expert(F.silu(self.w1.expert(x_i, i)) * self.w3.expert(x_i, i), i))
+                outputs.append(w2[i](F.silu(w1[i](x_i)) * w3[i](x_i)))
         y = torch.cat(outputs)[order.argsort()].unflatten(0, indices.shape)  # back in the tokens' order: [M, K, D]
         return (y.float() * weights[..., None]).sum(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import replace
@@ -366,8 +367,9 @@ def test_fp8_and_bf16_stay_near_fp32(hf_folder, load, kind, scale_fmt):
         assert torch.cosine_similarity(logits, exact, dim=-1).median() > floor
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
-def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt):
+def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt, device):
     """Each one, given its input: the float64 product of the dequantised weight and the input rounded to e4m3."""
     errors = []
 
@@ -375,14 +377,15 @@ def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt):
         y = linear(x, weight, scale, scale_fmt)
         if scale is not None:
             groups = x.double().unflatten(-1, (-1, 128))
-            s = groups.abs().amax(-1, keepdim=True).float() / torch.tensor(448.0)
+            s = groups.abs().amax(-1, keepdim=True).float() / torch.tensor(448.0, device=device)
             s = torch.exp2(torch.ceil(torch.log2(s))) if scale_fmt else s
             rounded = (groups.float() / s).to(torch.float8_e4m3fn).double() * s.double()
             errors.append(error(y, rounded.flatten(-2) @ dequantised(weight, scale).T))
         return y
 
     monkeypatch.setattr("model.linear", check)
-    load("v3", "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {}))(random_tokens(2, LENGTH))
+    model = load("v3", "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {}))
+    copy.deepcopy(model).to(device)(random_tokens(2, LENGTH).to(device))
     assert len(errors) == 3 * 4 + 3 * (1 + 2 * (12 + 1))
     assert max(errors) < 2.0**-8  # y is rounded to bf16
 
@@ -456,6 +459,40 @@ def test_parameters_are_the_checkpoints_tensors(load, kind, dtype):
             wanted[spec.name] = spec.shape, torch.bfloat16
     found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     assert found == wanted
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_fp32(load, kind):
+    """Prefill, chunks, ragged decoding: on the GPU as on the CPU."""
+    model, tokens = load(kind), random_tokens(2, LENGTH)
+    wanted = model(tokens, all_positions=True)
+    model, tokens = copy.deepcopy(model).cuda(), tokens.cuda()
+    cache = model.new_cache(2, LENGTH)
+    parts = [model(tokens[:, a:b], a, cache, all_positions=True) for a, b in ((0, 50), (50, 80))]
+    assert error(torch.cat(parts, 1).cpu(), wanted[:, :80]) < 1e-4
+    start = torch.tensor([80, 33], device="cuda")
+    for i in range(8):
+        token = tokens.gather(1, (start + i)[:, None])
+        logits = model(token, start + i, cache, kv_len=88)
+        assert error(logits.cpu(), torch.stack([wanted[0, 80 + i], wanted[1, 33 + i]])) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "scale_fmt"), [("bf16", None), ("fp8", None), ("fp8", "ue8m0")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_bf16_and_fp8(load, kind, dtype, scale_fmt):
+    options = {"scale_fmt": scale_fmt} if scale_fmt else {}
+    model, tokens = load(kind, dtype, **options), random_tokens(2, LENGTH)
+    wanted = model(tokens, all_positions=True)
+    found = copy.deepcopy(model).cuda()(tokens.cuda(), all_positions=True).cpu()
+    assert found.isfinite().all()
+    cosine = torch.cosine_similarity(found, wanted, dim=-1).median().item()
+    print(kind, dtype, scale_fmt, cosine)
+    assert cosine > (0.998 if dtype == "bf16" else FP8_FLOOR[kind])
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

@@ -1,237 +1,44 @@
-"""WordNet 3.0 as conversations: the training text of the tiny model, a dictionary you can talk to.
+"""
+WordNet as conversations: the training text of the tiny model, a dictionary you can talk to.
 
-    python tiny/corpus.py --wordnet /usr/share/wordnet --out train.jsonl --n 400000
+    python tiny/corpus.py --wordnet /usr/share/wordnet --out train.jsonl --n 550000
     python tiny/corpus.py --wordnet /usr/share/wordnet --out heldout.jsonl --n 1000 --split heldout
 
 One line is {"messages": [{"role": ..., "content": ...}, ...]}; `--split nouns` writes the questions and glosses of the
 most frequent nouns instead, for evaluation. The same seed gives the same file. Licence of the text: LICENSE-WORDNET.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import random
 import re
 import sys
 import zlib
-from collections import Counter, defaultdict
+from argparse import ArgumentParser
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference"))
 
 from tqdm import tqdm
 
 import phrasings as ask
+from errors import run_command
+from wordnet import FREQUENT_NOUNS, POS, Synset, WordNet, frequent_nouns, glosses, regular_plural, with_article
 
-POS = {"n": "noun", "v": "verb", "a": "adjective", "r": "adverb"}
-POS_FILE = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
-SENSE_KEY_POS = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}
-# Lexicographer files: substances take no article; animals, artifacts, bodies, objects, people, plants and shapes do.
-FOOD, SUBSTANCE = 13, 27
-THINGS = {5, 6, 8, 17, 18, 20, 25}
-
-VOCABULARY = {"n": 7500, "v": 1800, "a": 1800, "r": 400}  # entries: what ~30M parameters learn in ~10 minutes
-FREQUENT_NOUNS = 2000
-MAX_GLOSS = 200  # characters
+VOCABULARY = {"n": 7500, "v": 1800, "a": 1800, "r": 400}  # entries, of about 10,000 words
 HELD_OUT = 32  # one in 32 combinations of word, phrasing and follow-ups is held out
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The WordNet files: https://wordnet.princeton.edu/documentation/wndb5wn
-
-
-class MissingWordNet(Exception):
-    pass
-
-
-class Pointer(NamedTuple):
-    symbol: str  # @ is a kind of, ~ has kind, %p has part, #p is part of, ! antonym, ;u usage
-    target: tuple[str, str]  # (pos, offset)
-    source_word: int  # which word of this synset points, from 1; 0: all of them
-    target_word: int
-
-
-class Synset(NamedTuple):
-    lexfile: int
-    words: list[str]
-    pointers: list[Pointer]
-    gloss: str
-    examples: list[str]
-
-
-def trim(gloss: str) -> str:
-    """`gloss` without its last clauses where it is longer than MAX_GLOSS; the first clause always stays whole."""
-    while len(gloss) > MAX_GLOSS and "; " in gloss:
-        gloss = gloss[: gloss.rindex("; ")]
-    return gloss
-
-
-def parse_synset(line: str) -> tuple[tuple[str, str], Synset]:
-    """offset lexfile pos n_words (word lex_id)* n_pointers (symbol offset pos source/target)* ... | gloss; "example"."""
-    head, _, text = line.partition(" | ")
-    fields = head.split()
-    n_words = int(fields[3], 16)
-    words = [re.sub(r"\(\w+\)$", "", w) for w in fields[4 : 4 + 2 * n_words : 2]]  # galore(ip) -> galore
-    start = 5 + 2 * n_words
-    pointers = []
-    for i in range(start, start + 4 * int(fields[start - 1]), 4):
-        symbol, offset, pos, ends = fields[i : i + 4]
-        pointers.append(Pointer(symbol, (pos.replace("s", "a"), offset), int(ends[:2], 16), int(ends[2:], 16)))
-    gloss = re.split(r'\s*[;:]\s*:?"', text)[0].strip(" ;\n")
-    examples = re.findall(r'[;:] *:?"([^"]+)"', text)
-    key = (fields[2].replace("s", "a"), fields[0])  # s: satellite adjective
-    return key, Synset(int(fields[1]), words, pointers, trim(gloss), examples)
-
-
-class WordNet:
-    """synsets[pos, offset]; senses[lemma, pos]: synsets, most frequent first; counts[lemma, pos]: tags in real text."""
-
-    # Senses that WordNet marks as rude are left out; words that are vulgar in their first sense, altogether.
-    RUDE = re.compile(
-        r"\b(obscene|offensive|disparaging|derogatory|insulting|slang)( and disparaging)? (term|name|word)s?\b"
-        r"|ethnic slur|slang for|\([^)]*offensive[^)]*\)"
-    )
-    VULGAR = re.compile(r"obscene (term|word)|ethnic slur|offensive (term|name|slang)|vulgar slang")
-    RUDE_USAGE = {"obscenity", "disparagement", "ethnic_slur"}
-    VULGAR_USAGE = {"obscenity", "ethnic_slur"}
-    VULGAR_WORDS = {"negro", "negroid", "negress", "mulatto", "squaw"}  # unmarked in WordNet
-
-    def __init__(self, folder: Path):
-        names = [f"{kind}.{pos}" for kind in ("data", "index") for pos in POS_FILE.values()]
-        for name in [*names, "cntlist.rev", "noun.exc"]:
-            if not (folder / name).is_file():
-                raise MissingWordNet(f"{folder / name} is missing: install the package wordnet-base, or give --wordnet")
-
-        self.synsets: dict[tuple[str, str], Synset] = {}
-        index: dict[tuple[str, str], list[tuple[str, str]]] = {}
-        for pos, name in POS_FILE.items():
-            self.synsets.update(map(parse_synset, self._lines(folder / f"data.{name}")))
-            for line in self._lines(folder / f"index.{name}"):
-                lemma, _, n_senses, *rest = line.split()
-                index[lemma, pos] = [(pos, offset) for offset in rest[-int(n_senses) :]]
-
-        self.counts: Counter[tuple[str, str]] = Counter()
-        for line in self._lines(folder / "cntlist.rev"):  # lemma%pos:... sense_number count
-            sense_key, _, count = line.split()
-            lemma, _, rest = sense_key.partition("%")
-            self.counts[lemma, SENSE_KEY_POS[rest[0]]] += int(count)
-        irregular = [line.split()[:2] for line in self._lines(folder / "noun.exc")]
-        self.irregular_plurals = {singular: plural for plural, singular in reversed(irregular)}
-
-        vulgar = {key for key, s in self.synsets.items() if self._is_marked(s, self.VULGAR, self.VULGAR_USAGE)}
-        self.vulgar_words = {lemma for (lemma, _), keys in index.items() if keys[0] in vulgar} | self.VULGAR_WORDS
-        self.senses: dict[tuple[str, str], list[Synset]] = {}
-        for (lemma, pos), keys in index.items():
-            senses = [self.synsets[key] for key in keys if self._is_polite_sense(self.synsets[key])]
-            if senses and self.is_polite(lemma):
-                self.senses[lemma, pos] = senses
-        self._count_articles()
-
-    @staticmethod
-    def _lines(path: Path) -> Iterator[str]:
-        with open(path, encoding="utf-8") as file:
-            yield from (line for line in file if not line.startswith("  "))  # the licence is indented
-
-    def _is_marked(self, synset: Synset, gloss: re.Pattern, usage: set[str]) -> bool:
-        labels = {self.synsets[p.target].words[0] for p in synset.pointers if p.symbol == ";u" and p.source_word == 0}
-        return bool(gloss.search(synset.gloss)) or not usage.isdisjoint(labels)
-
-    def _is_polite_sense(self, synset: Synset) -> bool:
-        return not self._is_marked(synset, self.RUDE, self.RUDE_USAGE) and self.is_polite(
-            f"{synset.gloss} {' '.join(synset.words)}"
-        )
-
-    def is_polite(self, text: str) -> bool:
-        return self.vulgar_words.isdisjoint(re.findall(r"[a-z]+", text.lower()))
-
-    def _count_articles(self) -> None:
-        """How often glosses and examples say w (used), a w (indefinite), of w (bare), or a w, the w, of w (mentions)."""
-        noun_phrase = re.compile(
-            r"\b(an?|the|of|with|from|into) ([A-Za-z]+)"
-            r"(?=[;,.)\"!?]|$| (?:of|or|and|in|for|that|with|to|on|is|was|by|from|at|which|who|used|made)\b)"
-        )
-        self.used, self.mentions, self.indefinite, self.bare = Counter(), Counter(), Counter(), Counter()
-        for synset in self.synsets.values():
-            text = "; ".join((synset.gloss, *synset.examples))
-            self.used.update(re.findall(r"[A-Za-z]+", text))
-            for before, word in noun_phrase.findall(text):
-                self.mentions[word] += 1
-                if before != "the":
-                    (self.indefinite if before in ("a", "an") else self.bare)[word] += 1
-
-    def is_countable(self, lemma: str) -> bool:
-        """Whether one says `a w` rather than `w`: judged by use, else by the first gloss."""
-        word, sense = self.surface(lemma, "n"), self.senses[lemma, "n"][0]
-        a, bare = self.indefinite[word], self.bare[word]
-        if a == 0 and re.search(r"[^aisu]s$", word):  # a plural: boxers
-            return False
-        if a + bare >= 3:
-            return a >= 0.25 * (a + bare)
-        if sense.lexfile == SUBSTANCE or any(p.symbol == "@i" for p in sense.pointers):  # @i: a name
-            return False
-        return sense.lexfile in THINGS or sense.gloss.startswith(("a ", "an ", "any ", "either ", "one ", "someone "))
-
-    def plural(self, lemma: str) -> str:
-        return self.irregular_plurals.get(lemma) or regular_plural(self.surface(lemma, "n"))
-
-    def familiarity(self, lemma: str) -> int:
-        """How often glosses use a noun. What is no thing, mostly an adjective or a verb too, must look like a noun."""
-        used = self.used if self.senses[lemma, "n"][0].lexfile in THINGS | {FOOD} else self.mentions
-        return used[lemma] + used[self.plural(lemma)]
-
-    def surface(self, lemma: str, pos: str) -> str:
-        """The word as it is written: new_york -> New York."""
-        words = self.senses[lemma, pos][0].words
-        return next((w for w in words if w.lower() == lemma), lemma).replace("_", " ")
-
-    def ranked(self, pos: str) -> list[str]:
-        """Lemmas by tag count; most have none, so ties go to the words that glosses themselves use most."""
-        lemmas = (lemma for lemma, p in self.senses if p == pos)
-        return sorted(lemmas, key=lambda w: (-self.counts[w, pos], -self.mentions[w], w))
-
-
-def frequent_nouns(wordnet: WordNet, n: int = FREQUENT_NOUNS) -> list[str]:
-    """The n nouns with the highest summed tag counts, as they are written: house, New York."""
-    return [wordnet.surface(lemma, "n") for lemma in wordnet.ranked("n")[:n]]
-
-
-def glosses(wordnet: WordNet, word: str, pos: str = "n") -> list[str]:
-    """The gloss of every sense of `word`, most frequent first."""
-    return [s.gloss for s in wordnet.senses.get((word.lower().replace(" ", "_"), pos), [])]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# English
-
-
-def with_article(word: str) -> str:
-    vowel = r"(?!eu|ewe|one\b|once|u[bkrst][aeiou]|uni(?![nm])|unanim)[aeiou]|hour|honest|honou?r|heir"
-    return ("an " if re.match(vowel, word.lower()) else "a ") + word
-
-
-def regular_plural(word: str) -> str:
-    if re.search(r"[^aeiou]y$", word):
-        return word[:-1] + "ies"
-    return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
-
-
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Entries: one word as one part of speech, with its answers
-
 NOUN_KINDS = {"kind", "kinds", "parts", "whole"}
-WEIGHT = {"define": 50, "example": 9, "synonym": 7, "antonym": 5, "other": 5}
+WEIGHT = {"define": 80, "example": 9, "synonym": 7, "antonym": 5, "other": 5}
 WEIGHT |= {"kind": 7, "kinds": 4, "parts": 3, "whole": 2}  # of nouns only
 WEIGHT_NO_ANSWER = 0.08  # of the weight above, where the answer is that there is none
 PARTS, WEIGHT_PARTS = ("known", "unknown", "chat"), (90, 7, 3)  # of a conversation
-EVERY_FACT = 0.3  # of the known words come in turn, with each of their answers; the others are drawn by weight
+EVERY_FACT = 0.2  # of the known words come in turn, with each of their answers; the others are drawn by weight
 
 Choice = tuple[list[str], list[float]]  # kinds of question, cumulative weights
 
@@ -244,11 +51,21 @@ def choose(rng: random.Random, kinds: Choice) -> str:
     return rng.choices(kinds[0], cum_weights=kinds[1])[0]
 
 
-FIRST_UNKNOWN = choice({k: w for k, w in WEIGHT.items()} | {"define": 150})
+FIRST_UNKNOWN = choice({k: w for k, w in WEIGHT.items()} | {"define": 240})
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 @dataclass
 class Entry:
+    """One word as one part of speech, with the answer to each kind of question about it."""
+
     word: str
     pos: str
     countable: bool = True
@@ -256,7 +73,7 @@ class Entry:
     primary: bool = True  # the word's most frequent part of speech, which a question that names none is about
     weight: float = 1.0
     answers: dict[str, str] = field(default_factory=dict)  # kind of question -> answer, true or NO_ANSWER
-    others: list["Entry"] = field(default_factory=list)  # the word as other parts of speech
+    others: list[Entry] = field(default_factory=list)  # the word as other parts of speech
     never: list[str] = field(default_factory=list)  # parts of speech that it cannot be
 
     def __post_init__(self) -> None:
@@ -354,16 +171,10 @@ def facts(wordnet: WordNet, entry: Entry, senses: list[Synset]) -> dict[str, str
     return answers
 
 
-ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kr l m n p pl pr qu r s sh sl sm sn sp st t th tr v w y z".split()
+ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kr l m n p pl pr qu r s sh sl sm sn sp st t tr v w y z".split()
 VOWELS = "a a e e i i o o u u oo ee ai ou".split()
 CODAS = "b ck d ff g k l ll m mp n nd ng nk p r rn rt s sk st t v x z zz".split()
 ENDINGS = "le y er en ish ic it o a on us et in ing ard ow um ock ee ist ism ness ly ize ous".split()
-
-
-def made_up(rng: random.Random) -> str:
-    """A word that sounds like one: blorple, quazit, snoove."""
-    parts = [ONSETS, VOWELS] * rng.choice((1, 1, 2)) + [CODAS] + [ENDINGS] * rng.choice((0, 1, 1, 1))
-    return "".join(map(rng.choice, parts))
 
 
 def vary(rng: random.Random, text: str) -> str:
@@ -407,7 +218,7 @@ class Dictionary:
                 word = wordnet.surface(lemma, pos)
                 countable = pos == "n" and wordnet.is_countable(lemma)
                 plural = wordnet.plural(lemma) if pos == "n" else ""
-                use = wordnet.counts[lemma, pos] + min(familiar[lemma], 10)
+                use = wordnet.counts[lemma, pos] + min(familiar[lemma], 5)
                 entry = Entry(word, pos, countable, plural, weight=min((1 + use) ** 0.45, 10.0))
                 entry.answers = facts(wordnet, entry, wordnet.senses[lemma, pos])
                 by_lemma[lemma].append(entry)
@@ -453,12 +264,17 @@ class Dictionary:
             asked.add(kind)
             yield rng.choice(ask.FOLLOW_UP[kind][0]).format(**names), answer
 
+    def made_up(self, rng: random.Random) -> str:
+        """No word, but it sounds like one: blomple, quazzit, snoove."""
+        word = ""
+        while not word or word in self.lemmas:
+            sounds = [ONSETS, VOWELS] * rng.choice((1, 1, 2)) + [CODAS] + [ENDINGS] * rng.choice((0, 1, 1, 1))
+            word = "".join(map(rng.choice, sounds))
+        return word
+
     def unknown(self, rng: random.Random) -> Iterator[tuple[str, str]]:
         """Questions about a word that the model is not to know."""
-        if rng.random() < 0.4:
-            word, pos = rng.choice(self.rare)
-        else:
-            word, pos = next(w for w in iter(lambda: made_up(rng), "") if w not in self.lemmas), rng.choice("nnnva")
+        word, pos = rng.choice(self.rare) if rng.random() < 0.4 else (self.made_up(rng), rng.choice("nnnva"))
         entry, answer = Entry(word, pos, plural=regular_plural(word)), ask.UNKNOWN.format(w=word)
         kind = choose(rng, FIRST_UNKNOWN)
         yield rng.choice(entry.questions(kind)).format(**entry.names), answer
@@ -493,7 +309,7 @@ class Dictionary:
 def probes(wordnet: WordNet, dictionary: Dictionary, n: int) -> Iterator[dict]:
     """What to ask about the n most frequent nouns, and the glosses of which the answer must contain one."""
     entries = {entry.word: entry for entry in dictionary.entries if entry.pos == "n"}
-    for word in frequent_nouns(wordnet, n):
+    for word in frequent_nouns(wordnet, min(n, FREQUENT_NOUNS)):
         names = entries[word].names
         yield {
             "word": word,
@@ -503,29 +319,25 @@ def probes(wordnet: WordNet, dictionary: Dictionary, n: int) -> Iterator[dict]:
         }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--n", type=int, default=1000, help="conversations, or nouns")
+def main() -> None:
+    parser = ArgumentParser(description="Write conversations about the words of WordNet.")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines")
+    parser.add_argument("--n", type=int, default=1000, help="conversations, or nouns (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "heldout", "nouns"), default="train")
-    args = parser.parse_args()
-    try:
-        wordnet = WordNet(args.wordnet)
-    except MissingWordNet as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = parser.parse_args()
+    wordnet = WordNet(options.wordnet)
     dictionary = Dictionary(wordnet)
-    if args.split == "nouns":
-        lines = probes(wordnet, dictionary, args.n)
+    if options.split == "nouns":
+        lines = probes(wordnet, dictionary, options.n)
     else:
-        lines = ({"messages": m} for m in islice(dictionary.conversations(args.seed, args.split), args.n))
-    with open(args.out, "w", encoding="utf-8") as file:
-        for line in tqdm(lines, total=args.n, unit=" lines", disable=None):
+        lines = ({"messages": talk} for talk in dictionary.conversations(options.seed, options.split))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.out, "w", encoding="utf-8") as file:
+        for line in tqdm(islice(lines, options.n), total=options.n, desc=options.split):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

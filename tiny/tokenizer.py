@@ -1,4 +1,5 @@
-"""The tiny model's tokenizer: byte-level BPE with DeepSeek-V3's special tokens and chat format.
+"""
+The tiny model's tokenizer: byte-level BPE with DeepSeek-V3's special tokens and chat format.
 
     python tiny/tokenizer.py train.jsonl heldout.jsonl --out tiny/data
 
@@ -6,21 +7,28 @@ Trains on the first file, writes tiny/data/tokenizer/ and each file as tiny/data
 one after the other, each from BOS to its last EOS. The same files give the same bytes.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
+import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference"))
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
+from errors import InputError, run_command
+
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"  # ids 0, 1, 2
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL_TOKENS = [BOS, EOS, PAD, USER, ASSISTANT]
 
-VOCAB_SIZE = 5120
+VOCAB_SIZE = 4096
 MODEL_MAX_LENGTH = 2048
 TRAINING_CONVERSATIONS = 100_000  # enough for the merges, few enough to hold in memory
 
@@ -48,6 +56,7 @@ def render(messages: list[dict[str, str]]) -> str:
 
 
 def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """Byte-level BPE with SPECIAL_TOKENS first; encoding plain text puts BOS before it, as DeepSeek's does."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -55,13 +64,13 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
     )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -95,26 +104,27 @@ def encode(conversations: Iterable[list[dict[str, str]]], tokenizer: Tokenizer) 
 
 
 def read(path: Path) -> Iterator[list[dict[str, str]]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; tiny/corpus.py makes it")
     with open(path, encoding="utf-8") as file:
-        for line in tqdm(file, desc=path.name, unit=" lines", disable=None):
+        for line in tqdm(file, desc=path.name, unit=" lines"):
             yield json.loads(line)["messages"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corpora", type=Path, nargs="+", help="JSON lines of corpus.py; the first is trained on")
-    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser = ArgumentParser(description="Train the tiny model's tokenizer and encode its training text.")
+    parser.add_argument("corpora", type=Path, nargs="+", metavar="FILE", help="JSON lines; the first is trained on")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    args = parser.parse_args()
-    # The special tokens are no text: a separator would keep merges from crossing them.
-    texts = (m["content"] for messages in islice(read(args.corpora[0]), TRAINING_CONVERSATIONS) for m in messages)
-    tokenizer = train(texts, args.vocab_size)
-    save(tokenizer, args.out / "tokenizer")
-    for path in args.corpora:
+    options = parser.parse_args()
+    talks = islice(read(options.corpora[0]), TRAINING_CONVERSATIONS)
+    tokenizer = train((message["content"] for talk in talks for message in talk), options.vocab_size)
+    save(tokenizer, options.out / "tokenizer")
+    for path in options.corpora:
         tokens = encode(read(path), tokenizer)
-        np.save(args.out / f"{path.stem}.npy", tokens)
+        np.save(options.out / f"{path.stem}.npy", tokens)
         print(f"{path}: {len(tokens):,} tokens, {np.count_nonzero(tokens == 0):,} conversations")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -170,12 +170,12 @@ def parse_arguments() -> Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train.npy, from tiny/corpus.py")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the saves; an existing one is continued")
     add("--config", type=Path, default=CONFIG, metavar="FILE", help="Hugging Face config (default tiny/config.json)")
-    add("--steps", type=int, default=4000)
+    add("--steps", type=int, default=3000)
     add("--stop-after", type=int, metavar="N", help="stop and save at this step, to go on another time")
-    add("--rows", type=int, default=128, help="rows of a batch")
+    add("--rows", type=int, default=256, help="rows of a batch")
     add("--seq-len", type=int, default=512, help="tokens of a row")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
-    add("--warmup", type=int, default=100, help="steps up to the peak")
+    add("--lr", type=float, default=2.5e-3, help="peak learning rate")
+    add("--warmup", type=int, default=150, help="steps up to the peak")
     add("--weight-decay", type=float, default=0.02)
     add("--mtp-weight", type=float, default=0.3, help="of the MTP loss; a third of it in the last third")
     add("--bias-speed", type=float, default=0.001, help="how far a gate bias moves in a step")
@@ -196,7 +196,7 @@ def main() -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in weights if p.dim() > 1]
     groups = [{"params": decayed}, {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     saved = first = resume(args.out, model, optimizer)
     last = min(args.stop_after or args.steps, args.steps)
     balancer = Balancer(model)

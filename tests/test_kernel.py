@@ -1,0 +1,363 @@
+"""
+FP8: the references against float64 and tables, the Triton kernels against the references.
+
+`python test_kernel.py` with TRITON_INTERPRET=1 runs the kernels on the CPU, through Triton's interpreter; that has to
+be set before triton is imported, so a test does it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention import prefill_attention, prefill_attention_ref
+from kernel import (
+    E4M3,
+    act_quant,
+    act_quant_ref,
+    fp8_gemm,
+    fp8_gemm_ref,
+    linear,
+    linear_fp32,
+    weight_dequant,
+    weight_dequant_ref,
+    weight_quant,
+    weight_quant_ref,
+)
+
+SCALE_FMTS = [None, "ue8m0"]
+ODD_SHAPES = [(1, 128), (3, 200), (129, 130), (256, 384), (300, 72)]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal numbers whose size varies over rows and columns, so that neither scale can stand in for the other."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    sizes = [torch.exp2(torch.randint(-6, 7, (n, 1), generator=generator).float()) for n in shape[-2:]]
+    x = x * sizes[-1].T
+    return (x * sizes[0] if x.dim() > 1 else x).to(dtype)
+
+
+def blocks_of(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Each block's scale at each of its elements."""
+    return torch.kron(scale, torch.ones(128, 128, device=scale.device))[: shape[0], : shape[1]]
+
+
+def nearest_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """By a table of all the values: the nearest, of two equally near the one with an even last bit."""
+    table = torch.arange(127, dtype=torch.uint8).view(E4M3).double()  # 0 ... 448, in order
+    magnitude = x.double().abs().clamp(max=448)
+    above = torch.searchsorted(table, magnitude).clamp(1, 126)
+    to_above, to_below = table[above] - magnitude, magnitude - table[above - 1]
+    code = torch.where((to_above < to_below) | ((to_above == to_below) & (above % 2 == 0)), above, above - 1)
+    return torch.where(x < 0, -table[code], table[code])
+
+
+def awkward(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """[M, K] inputs with what a quantiser may get wrong, M and K mostly not multiples of anything."""
+    values = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
+    ties = torch.cat([values, (values[1:] + values[:-1]) / 2])  # with 448 among them the scale is 1
+    ties = torch.cat([F.pad(part, (0, 128 - part.numel() - 1)) for part in torch.cat([ties, -ties]).split(120)])
+    ties = torch.cat([ties.view(-1, 127), torch.full((ties.numel() // 127, 1), 448.0)], 1)
+    return {
+        "random": random(131, 456, dtype=dtype),
+        "one row": random(1, 7168, dtype=dtype),
+        "huge": (random(17, 300) * 2.0**100).to(dtype),
+        "tiny": (random(17, 300) * 2.0**-120).to(dtype),
+        "zeros": torch.zeros(5, 257, dtype=dtype),
+        "one element": F.pad(torch.tensor([[0.3]]), (100, 155, 2, 60)).to(dtype),
+        "ties": ties.to(dtype),
+        "largest": torch.full((3, 129), torch.finfo(torch.bfloat16).max, dtype=dtype),
+        "powers of two": torch.exp2(torch.arange(-20.0, 20)).repeat_interleave(128).view(8, -1).to(dtype),
+    }
+
+
+def equal_bits(x: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return x.dtype == wanted.dtype and torch.equal(x.cpu().view(torch.uint8), wanted.cpu().view(torch.uint8))
+
+
+def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
+    """DeepGEMM's measure: about half the squared relative error."""
+    x, y = x.double(), y.double()
+    return (1 - 2 * (x * y).sum() / (x * x + y * y).sum()).item()
+
+
+def product(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
+    """Of the quantised operands, in float64."""
+    a_scale = a_scale.double().repeat_interleave(128, 1)[:, : a.shape[1]]
+    return (a.double() * a_scale) @ (b.double() * blocks_of(b_scale, b.shape).double()).T
+
+
+def relative(x: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((x.double() - wanted).norm() / wanted.norm()).item()
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_fmt", SCALE_FMTS)
+@pytest.mark.parametrize("case", awkward(torch.float32))
+def test_act_quant_by_table(case, scale_fmt):
+    x = awkward(torch.float32)[case]
+    y, scale = act_quant(x, scale_fmt)
+    assert y.shape == x.shape and y.dtype == E4M3 and scale.shape == (x.shape[0], -(-x.shape[1] // 128))
+    for g, group in enumerate(x.split(128, 1)):
+        s = scale[:, g : g + 1]
+        plain = (group.double().abs().amax(1, keepdim=True).clamp(min=1e-4) / 448).float()
+        if scale_fmt:
+            mantissa, _ = torch.frexp(s)
+            assert (mantissa == 0.5).all() and (s >= plain).all() and (s < 2 * plain).all()
+        else:
+            assert torch.allclose(s, plain, rtol=2e-7, atol=0)
+        assert torch.equal(y[:, g * 128 : (g + 1) * 128].double(), nearest_e4m3(group / s))
+
+
+def test_act_quant_of_known_values():
+    x = torch.zeros(2, 3, 256)
+    x[1, 2, :3] = torch.tensor([448.0, -1.0625, 17.5])
+    x[1, 2, 200] = 896.0
+    y, scale = act_quant(x)
+    assert scale.shape == (2, 3, 2) and scale[1, 2].tolist() == [1.0, 2.0]
+    assert y[1, 2, [0, 1, 2, 200]].float().tolist() == [448.0, -1.0, 18.0, 448.0]
+    assert not y[0].float().any() and torch.equal(scale[0], torch.full((3, 2), 1e-4) / torch.tensor(448.0))
+    # 1e-4 / 448 lies between 2^-23 and 2^-22; 448 / 448 is a power of two and stays what it is.
+    assert act_quant(x, "ue8m0")[1][1, 2].tolist() == [1.0, 2.0]
+    assert act_quant(x, "ue8m0")[1][0].unique().tolist() == [2.0**-22]
+
+
+@pytest.mark.parametrize("scale_fmt", SCALE_FMTS)
+def test_groups_of_a_row_do_not_mix(scale_fmt):
+    x = random(4, 384)
+    y, scale = act_quant(x, scale_fmt)
+    x[2, 128:256] *= 1000
+    changed, changed_scale = act_quant(x, scale_fmt)
+    others = torch.ones(4, 3, dtype=torch.bool)
+    others[2, 1] = False
+    assert torch.equal(changed_scale[others], scale[others]) and changed_scale[2, 1] > 400 * scale[2, 1]
+    assert equal_bits(changed.view(4, 3, 128)[others], y.view(4, 3, 128)[others])
+
+
+@pytest.mark.parametrize("scale_fmt", SCALE_FMTS)
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_weight_quant_and_back(shape, scale_fmt):
+    w = random(*shape)
+    y, scale = weight_quant(w, scale_fmt)
+    assert y.shape == w.shape and scale.shape == tuple(-(-n // 128) for n in shape)
+    for i, rows in enumerate(w.split(128, 0)):
+        for j, block in enumerate(rows.split(128, 1)):
+            plain = block.abs().max() / 448
+            if scale_fmt:
+                assert torch.frexp(scale[i, j])[0] == 0.5 and plain <= scale[i, j] < 2 * plain
+            else:
+                assert scale[i, j].item() == pytest.approx(plain.item(), rel=2e-7)
+    spread = blocks_of(scale, w.shape)
+    assert torch.equal(y.double(), nearest_e4m3(w / spread))
+
+    back = weight_dequant(y, scale, torch.float32)
+    assert torch.equal(back, (y.double() * spread.double()).float())
+    # Half a step: 2^-4 of a normal number, 2^-10 of the scale below them.
+    assert ((back - w).abs() <= torch.maximum(w.abs() * 2.0**-4, spread * 2.0**-10) * (1 + 1e-5)).all()
+    assert equal_bits(weight_dequant(y, scale), back.bfloat16())
+    if scale_fmt:
+        again, same_scale = weight_quant(back, scale_fmt)
+        assert torch.equal(same_scale, scale) and equal_bits(again, y)
+
+
+def test_zero_weight():
+    y, scale = weight_quant(torch.zeros(130, 5))
+    assert not y.float().any() and (scale > 0).all() and not weight_dequant(y, scale).any()
+
+
+GEMM_SHAPES = [(1, 128, 128), (3, 130, 200), (65, 129, 384), (7, 576, 640), (33, 64, 100), (128, 256, 1152)]
+
+
+@pytest.mark.parametrize("scale_fmt", SCALE_FMTS)
+@pytest.mark.parametrize(("M", "N", "K"), GEMM_SHAPES)
+def test_gemm_against_float64(M, N, K, scale_fmt):
+    x, w = random(M, K), random(N, K, seed=1)
+    operands = *act_quant(x, scale_fmt), *weight_quant(w, scale_fmt)
+    exact = product(*operands)
+    terms = product(operands[0].float().abs().to(E4M3), operands[1], operands[2].float().abs().to(E4M3), operands[3])
+    in_fp32 = fp8_gemm(*operands, torch.float32)
+    # Sums of up to 1152 terms in fp32, and for bf16 one rounding of half a step, 2^-8, on top.
+    assert ((in_fp32 - exact).abs() <= terms * 2.0**-20).all()
+    in_bf16 = fp8_gemm(*operands)
+    assert in_bf16.dtype == torch.bfloat16
+    assert ((in_bf16 - exact).abs() <= exact.abs() * 2.0**-8 * 1.001 + terms * 2.0**-20).all()
+    smooth = torch.randn(M, K, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(3))
+    found = fp8_gemm(*act_quant(smooth, scale_fmt), *weight_quant(weight, scale_fmt))
+    assert calc_diff(found, smooth.double() @ weight.double().T) < 1e-3
+
+
+def test_shapes_that_do_not_belong_together():
+    a, a_scale = act_quant(random(3, 200))
+    b, b_scale = weight_quant(random(130, 200))
+    good = (a, a_scale, b, b_scale)
+    assert fp8_gemm(*good).shape == (3, 130)
+    short = b_scale.T[:1]
+    for i, wrong in ((0, a[:2]), (0, a[:, :128]), (1, a_scale[:, :1]), (2, b[:, :100]), (3, b_scale[:1]), (3, short)):
+        operands = list(good)
+        operands[i] = wrong
+        with pytest.raises(ValueError, match="shape"):
+            fp8_gemm(*operands)
+    for wrong in (b_scale[:1], b_scale[:, :1], b_scale.flatten(), torch.ones(3, 2)):
+        with pytest.raises(ValueError, match="shape"):
+            weight_dequant(b, wrong)
+
+
+def test_linear():
+    x, w = random(2, 3, 256, dtype=torch.bfloat16), random(130, 256)
+    assert torch.equal(linear(x, w.bfloat16()), F.linear(x, w.bfloat16()))
+    for scale_fmt in SCALE_FMTS:
+        y, scale = weight_quant(w, scale_fmt)
+        found = linear(x, y, scale, scale_fmt)
+        assert found.dtype == x.dtype and found.shape == (2, 3, 130)
+        assert torch.equal(found.flatten(0, 1), fp8_gemm(*act_quant(x.flatten(0, 1), scale_fmt), y, scale))
+        assert linear(x.float(), y, scale, scale_fmt).dtype == torch.float32
+
+
+def check_linear_fp32(device: str) -> None:
+    x, w = (random(50, 384, dtype=torch.bfloat16, seed=seed).to(device) for seed in (0, 1))
+    exact = x.double() @ w.double().T
+    found = linear_fp32(x, w)
+    assert found.dtype == torch.float32
+    assert relative(found, exact) < 1e-6 < relative(exact.bfloat16(), exact)
+    assert relative(linear_fp32(x.float(), w.float()), exact) < 1e-6
+
+
+def test_linear_fp32():
+    check_linear_fp32("cpu")
+
+
+# --- the kernels through Triton's interpreter -------------------------------------------------------------------------
+
+
+def test_kernels_in_the_interpreter():
+    root = Path(__file__).parent.parent
+    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+
+
+def interpreted() -> None:
+    def near(y: torch.Tensor, wanted: torch.Tensor) -> bool:
+        # The interpreter's cast to e4m3 rounds ties up, is wrong for subnormals (codes below 8), and where rounding
+        # carries into the exponent loses the carry (124.3 gives 64; the code then ends in 000). GPU tests are exact.
+        y, wanted = y.view(torch.uint8).int(), wanted.view(torch.uint8).int()
+        off = (y - wanted).abs()[(wanted & 0x78 != 0) & (wanted & 7 != 0)]
+        return off.max() <= 1 and off.float().mean() < 0.05
+
+    torch.set_num_threads(1)
+    for scale_fmt in SCALE_FMTS:
+        for M, K in ((1, 128), (3, 200), (66, 300)):
+            for x in (random(M, K), random(M, K, dtype=torch.bfloat16)):
+                (y, scale), (wanted, wanted_scale) = act_quant(x, scale_fmt), act_quant_ref(x, scale_fmt)
+                assert torch.equal(scale, wanted_scale) and near(y, wanted), (scale_fmt, M, K, x.dtype)
+        for N, K in ((128, 128), (129, 130), (3, 300)):
+            w = random(N, K)
+            (y, scale), (wanted, wanted_scale) = weight_quant(w, scale_fmt), weight_quant_ref(w, scale_fmt)
+            assert torch.equal(scale, wanted_scale) and near(y, wanted), (scale_fmt, N, K)
+            exact = weight_dequant_ref(wanted, scale, torch.float32)
+            assert equal_bits(weight_dequant(wanted, scale, torch.float32), exact)
+            # It cuts bf16 off instead of rounding it.
+            assert ((weight_dequant(wanted, scale) - exact).abs() <= exact.abs() * 2.0**-7).all()
+        for M, N, K in ((1, 128, 128), (3, 130, 200), (66, 129, 384), (130, 40, 256)):
+            operands = *act_quant_ref(random(M, K), scale_fmt), *weight_quant_ref(random(N, K, seed=1), scale_fmt)
+            for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7)):
+                found = fp8_gemm(*operands, dtype)
+                assert relative(found, product(*operands)) < most, (scale_fmt, M, N, K, dtype)
+    print("interpreted")
+
+
+# --- the kernels on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_fmt", SCALE_FMTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gpu_quantisation_bit_for_bit(dtype, scale_fmt):
+    for case, x in awkward(dtype).items():
+        for quantise, reference in ((act_quant, act_quant_ref), (weight_quant, weight_quant_ref)):
+            (y, scale), (wanted, wanted_scale) = quantise(x.cuda(), scale_fmt), reference(x, scale_fmt)
+            assert y.is_cuda and equal_bits(scale, wanted_scale), (case, quantise)
+            assert equal_bits(y, wanted), (case, quantise)
+            on_gpu = reference(x.cuda(), scale_fmt)
+            assert equal_bits(on_gpu[0], wanted) and equal_bits(on_gpu[1], wanted_scale), (case, reference)
+    x = random(2, 3, 456, dtype=dtype).transpose(0, 1)
+    assert equal_bits(act_quant(x.cuda(), scale_fmt)[0], act_quant_ref(x, scale_fmt)[0].contiguous())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*ODD_SHAPES, (7168, 2112)], ids=str)
+def test_gpu_weight_dequant_bit_for_bit(shape):
+    w, scale = weight_quant_ref(random(*shape))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert equal_bits(weight_dequant(w.cuda(), scale.cuda(), dtype), weight_dequant_ref(w, scale, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(2112, 7168), (3072, 1536), (7168, 2048), (4096, 7168), (576, 7168), (129, 456)])
+def test_gpu_gemm(N, K):
+    generator = torch.Generator("cuda").manual_seed(0)
+    w = torch.randn(N, K, device="cuda", generator=generator)
+    for M in (1, 2, 7, 16, 64, 65, 129, 1000, 4096):
+        x = torch.randn(M, K, device="cuda", generator=generator)
+        unquantised = x.double() @ w.double().T
+        for scale_fmt in SCALE_FMTS:
+            operands = *act_quant(x, scale_fmt), *weight_quant(w, scale_fmt)
+            exact = product(*operands)
+            torch.full((M, N), torch.nan, dtype=torch.bfloat16, device="cuda")  # freed: the output gets this memory
+            found = fp8_gemm(*operands)
+            assert calc_diff(found, unquantised) < 1e-3, (M, scale_fmt)
+            rounding = relative(exact.bfloat16(), exact)
+            assert relative(found, exact) <= 1.05 * rounding, (M, scale_fmt, relative(found, exact), rounding)
+            assert relative(fp8_gemm(*operands, torch.float32), exact) < 1e-3, (M, scale_fmt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("M", "N", "K"), GEMM_SHAPES)
+def test_gpu_gemm_of_uneven_scales(M, N, K):
+    """Sizes that vary by powers of two over rows and columns: a scale of a neighbouring block would show."""
+    operands = *act_quant_ref(random(M, K)), *weight_quant_ref(random(N, K, seed=1))
+    found = fp8_gemm(*(operand.cuda() for operand in operands), torch.float32).cpu()
+    assert relative(found, product(*operands)) < 1e-3
+    assert relative(fp8_gemm_ref(*(operand.cuda() for operand in operands), torch.float32).cpu(), found.double()) < 1e-3
+
+
+@pytest.mark.gpu
+def test_gpu_linear():
+    check_linear_fp32("cuda")
+    x, w = random(5, 3, 384, dtype=torch.bfloat16), random(200, 384)
+    for scale_fmt in SCALE_FMTS:
+        y, scale = weight_quant_ref(w, scale_fmt)
+        found, wanted = linear(x.cuda(), y.cuda(), scale.cuda(), scale_fmt), linear(x, y, scale, scale_fmt)
+        assert found.shape == (5, 3, 200) and relative(found.cpu(), wanted.double()) < 2.0**-8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("D_k", "D_v"), [(192, 128), (128, 64)])
+def test_gpu_prefill_attention(D_k, D_v):
+    """Chunks at any position over more keys than they may see, of which what lies past them is garbage."""
+    B, S, T, H = 3, 70, 200, 4
+    q, k, v = (random(B * n * H, D, seed=n + D).view(B, n, H, D) / 64 for n, D in ((S, D_k), (T, D_k), (T, D_v)))
+    start = torch.tensor([0, 130, 55])
+    for row, first in enumerate(start.tolist()):
+        k[row, first + S :], v[row, first + S :] = 100.0, 1e4
+    positions = start[:, None] + torch.arange(S)
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)):
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        wanted = prefill_attention_ref(*inputs, positions, 0.1)
+        found = prefill_attention(*(x.cuda() for x in inputs), positions.cuda(), 0.1)
+        assert found.dtype == dtype and relative(found.cpu(), wanted.double()) < most
+
+
+if __name__ == "__main__":
+    interpreted()
