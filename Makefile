@@ -6,9 +6,13 @@ BIN := $(VENV)/bin
 .PHONY: test chat lint clean
 
 $(VENV)/.ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
-	touch $@
+	@echo 'setting up $(VENV): a few minutes the first time' >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -r requirements.txt >&2
+	@touch $@
+
+chat: $(VENV)/.ready
+	@$(BIN)/python inference/generate.py --ckpt-path tiny/checkpoint --interactive
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest -m "not gpu"

@@ -374,7 +374,7 @@ class Checkpoint:
         known = skippable(self.args) if self.kind == "hf" else {}
         for name in self.tensors:
             if name not in wanted and name not in known:
-                yield f"{name!r} is not a tensor of this model"
+                yield f"{name[:200]!r} is not a tensor of this model"
 
 
 # --- filling a model --------------------------------------------------------------------------------------------------

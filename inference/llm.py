@@ -202,6 +202,8 @@ class LLM:
         """
         ids = list(token_ids)
         self.check_ids(ids)
+        if len(ids) == 1:
+            return []
         tokens = torch.tensor([ids], device=self.model.embed.weight.device)
         logits = self.model(tokens[:, :-1], all_positions=True)
         return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0].tolist()

@@ -64,13 +64,15 @@ def probabilities(logits: torch.Tensor, params: list[SamplingParams]) -> torch.T
     greedy = torch.zeros_like(logits).scatter_(-1, best, 1.0)
     if all(p.temperature == 0 for p in params):
         return greedy
-    probs = (logits / column([p.temperature or 1 for p in params])).softmax(-1)
+    probs = (logits / column([max(p.temperature, 1e-5) for p in params])).softmax(-1)  # colder is greedy in fp32
     if any(p.top_p < 1 for p in params):
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
-        ordered = ordered.masked_fill(before >= column([p.top_p for p in params]), 0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-        probs = probs / probs.sum(-1, keepdim=True)
+        top_p = column([p.top_p for p in params])
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        dropped = ordered.cumsum(-1) - ordered >= top_p  # all likelier tokens reach it already
+        dropped[:, 0] = False
+        cut = torch.zeros_like(probs).scatter_(-1, order, ordered.masked_fill(dropped, 0))
+        # Rows without top_p stay bit for bit what they are without such neighbours.
+        probs = torch.where(top_p < 1, cut / cut.sum(-1, keepdim=True), probs)
     return torch.where(column([p.temperature for p in params]) == 0, greedy, probs)
 
 
@@ -102,7 +104,9 @@ def accept(
     u = uniform(seed.repeat_interleave(N), at.flatten(), 1, ACCEPT).view(B, N)
     n_accepted = (u * q_draft < p_draft).long().cumprod(1).sum(1)
     batch = torch.arange(B, device=p.device)
-    residual = torch.cat([(p[:, :N] - q).clamp(min=0), p[:, N:]], dim=1)[batch, n_accepted]
+    residual = torch.cat([(p[:, :N] - q).clamp(min=0), p[:, N:]], dim=1)
+    # Where p and q are equal up to rounding, nothing may be left of the residual.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)[batch, n_accepted]
     tokens = torch.cat([drafts, drafts.new_zeros(B, 1)], dim=1)
     tokens[batch, n_accepted] = draw(residual, seed, position + n_accepted, TOKEN)
     return tokens, n_accepted

@@ -129,6 +129,26 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 
+# As little as still has MTP, groups, a bias, unaligned edge blocks, and splits over two ranks.
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "kv_lora_rank": 128,
+    "moe_intermediate_size": 256,
+    "n_group": 2,
+    "n_routed_experts": 4,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "topk_group": 1,
+    "v_head_dim": 128,
+    "vocab_size": 328,
+}
+
 
 def make_hf(
     folder: str | Path,
@@ -299,6 +319,13 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     for file in sorted(Path(folder).glob("*.safetensors")):
         state |= load_file(file)
     return state
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in type, shape and every bit: NaN and -0.0 count, unlike in torch.equal."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
 
 
 def write_tokenizer(folder: Path) -> None:

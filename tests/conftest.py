@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# The tests' tensors are tiny: threads cost more than they give, many times so when the machine is busy.
+torch.set_num_threads(1)
+
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not (

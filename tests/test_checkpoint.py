@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, check_split, load_model, shard, shard_shape, skippable, tensor_specs
-from checkpoints import dequantise, make_hf, read_weights
+from checkpoints import SMALL, dequantise, make_hf, read_weights, same_bits
 from config import ModelArgs
 from convert import convert
 from errors import InputError
@@ -29,25 +29,6 @@ from model import Transformer
 from parallel import Parallel
 from safetensors_io import SafetensorsFile, SafetensorsWriter
 
-# As little as still has MTP, groups, a bias, unaligned edge blocks, and splits over two ranks.
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "kv_lora_rank": 128,
-    "moe_intermediate_size": 256,
-    "n_group": 2,
-    "n_routed_experts": 4,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 96,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "topk_group": 1,
-    "v_head_dim": 128,
-    "vocab_size": 328,
-}
 V3_FOLDERS = {
     "fp8": {"dtype": "fp8", "mtp": 2, "shards": 3},
     "bf16": {"dtype": "bf16", "mtp": 1, "style": "transformers"},
@@ -187,6 +168,7 @@ def test_splits_follow_the_layers_roles(folder):
         ({}, "bf16", 16, False, "work: 1, 2, 4, 8$"),
         ({}, "fp8", 4, False, "layers.0.attn.wkv_b.weight: 1280 rows .* in multiples of 640; .* work: 1, 2$"),
         ({"intermediate_size": 772}, "bf16", 8, False, "layers.0.ffn.w1.weight: 772 rows .* 8 ranks; .*: 1, 2, 4$"),
+        ({"intermediate_size": 700}, "fp8", 2, False, "layers.0.ffn.w1.weight: 700 rows .* multiples of 128; .*: 1$"),
         ({}, "bf16", 8, True, "layers.1.ffn.experts: 12 experts cannot be split over 8 ranks; .* work: 1, 2, 4$"),
     ],
 )
@@ -213,12 +195,6 @@ def some_tensors() -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(2.5),
     }
     return {name: make[name] for name in sorted(make)}
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
 
 
 def test_files_written_here_are_read_by_the_library_and_back(tmp_path):
@@ -303,6 +279,7 @@ def test_garbled_headers_are_input_errors_or_harmless(tmp_path):
         (b"\xff\xfe{}", "not JSON"),
         (b'{"__metadata__": {"a": 1}}', "not a map of strings"),
         (b'{"a": 1}', "does not have exactly"),
+        (b'{"%s": 1}' % (b"n" * 5000), "tensor 'nnn"),
         (b'{"a": {"dtype": "F32", "shape": [1]}}', "does not have exactly"),
         (b'{"a": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}', "type 'F31'"),
         (b'{"a": {"dtype": {}, "shape": [1], "data_offsets": [0, 4]}}', "type {}"),

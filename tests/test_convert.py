@@ -20,31 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 import fp8_cast_bf16
 from checkpoint import INDEX_FILE, Checkpoint, shard, tensor_specs
-from checkpoints import dequantise, make_hf, oracle, read_weights
+from checkpoints import SMALL, dequantise, make_hf, oracle, read_weights, same_bits
 from config import ModelArgs
 from errors import run_command
 from safetensors_io import SafetensorsWriter
 
 ROOT = Path(__file__).parents[1]
-# Small enough to convert in a blink, and it splits over two ranks in FP8 as well.
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "kv_lora_rank": 128,
-    "moe_intermediate_size": 256,
-    "n_group": 2,
-    "n_routed_experts": 4,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 96,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "topk_group": 1,
-    "v_head_dim": 128,
-    "vocab_size": 328,
-}
 WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
@@ -95,12 +76,6 @@ def cast_argv(source: Path, target: Path) -> list:
 
 COMMANDS = {"convert": (convert, convert_argv), "cast": (fp8_cast_bf16, cast_argv)}
 both = pytest.mark.parametrize("command", COMMANDS)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------

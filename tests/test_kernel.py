@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from attention import prefill_attention, prefill_attention_ref
 from kernel import (
@@ -239,6 +240,7 @@ def test_linear_fp32():
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
 def test_kernels_in_the_interpreter():
     root = Path(__file__).parent.parent
     paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]

@@ -1,0 +1,203 @@
+"""
+The model split over processes (gloo, on the CPU) against the same model in one.
+
+All of it runs in one set of four processes, as starting them costs more than what they compute: first as four ranks,
+then as two pairs, of which one splits each expert and the other deals out whole ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.multiprocessing import spawn
+
+from checkpoint import Checkpoint, load_model
+from kernel import weight_dequant
+from model import Transformer
+from parallel import Parallel
+
+PROMPT, NEW = 40, 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    One model to run on `size` ranks. `exact`: FP8 weights, but computed with in fp32, so that nothing is quantised on
+    the way, where the least difference would grow.
+    """
+
+    kind: str
+    dtype: str
+    size: int
+    exact: bool = False
+
+
+JOBS = [
+    Job("v3", "fp32", 4),
+    Job("v2lite", "fp32", 4),
+    Job("v3", "fp32", 2),
+    Job("v2lite", "fp32", 2),
+    Job("v3", "bf16", 2),
+    Job("v3", "fp8", 2),
+    Job("v3", "fp8", 2, exact=True),
+]
+
+
+def exact_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, scale_fmt=None):
+    return F.linear(x, weight if scale is None else weight_dequant(weight, scale, torch.float32))
+
+
+def results(folder: Path, job: Job, parallel: Parallel) -> dict[str, Any]:
+    """This rank's view of one job: logits of a prompt, greedy tokens after it, MTP logits, and what it took."""
+    counts = {"bytes": 0, "sums": 0}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def count(module: Any, name: str, key: str, amount: Callable[[Any], int]) -> None:
+            function = getattr(module, name)
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                result = function(*args, **kwargs)
+                counts[key] += amount(result)
+                return result
+
+            patch.setattr(module, name, counted)
+
+        count(os, "preadv", "bytes", lambda n: n)
+        count(dist, "all_reduce", "sums", lambda _: 1)
+        if job.exact:
+            patch.setattr("model.linear", exact_linear)
+        checkpoint = Checkpoint(folder / f"{job.kind}-{job.dtype}")
+        model = Transformer(checkpoint.args, parallel)
+        for parameter in model.parameters():
+            parameter.view(torch.uint8).fill_(0xFF)  # NaN in every type here: what is not loaded shows
+            if job.exact and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+        counts["bytes"] = 0  # from here on data, no headers
+        load_model(model, checkpoint, parallel, progress=False)
+
+        tokens = torch.randint(5, 520, (2, PROMPT), generator=torch.Generator().manual_seed(0))
+        cache = model.new_cache(2, PROMPT + NEW)
+        step = model.step(tokens.shape)
+        h = model.hidden(tokens, step, cache)
+        found = {"prompt": model.logits(h)}
+        if model.mtp:
+            found["mtp"] = model.logits(model.draft(0, h, tokens.roll(-1, 1), step, cache))
+        generated = [found["prompt"][:, -1].argmax(-1)]
+        counts["sums"] = 0
+        for i in range(PROMPT, PROMPT + NEW - 1):
+            generated.append(model(generated[-1][:, None], i, cache).argmax(-1))
+        return found | {"tokens": torch.stack(generated, 1), "bytes": counts["bytes"], "sums": counts["sums"]}
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=4, timeout=timedelta(seconds=120))
+    everyone, pairs = Parallel(rank, 4), [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    part = torch.arange(6.0).view(2, 3) + 100 * rank
+    collected: dict[Any, Any] = {
+        "gathered": everyone.all_gather(part),
+        "summed": everyone.all_reduce(part.clone()),
+        "sent": everyone.broadcast(part.clone()),
+        "object": everyone.broadcast_object({"rank": rank}),
+    }
+    for job in JOBS:
+        for expert_parallel in (False, True):
+            if job.size == 4:
+                parallel = replace(everyone, expert_parallel=expert_parallel)
+            elif rank // 2 == expert_parallel:
+                parallel = Parallel(rank % 2, 2, expert_parallel, group=pairs[rank // 2])
+            else:
+                continue
+            collected[job, expert_parallel] = results(folder, job, parallel)
+    torch.save(collected, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    from checkpoints import make_hf  # here, as the processes import this module and have no use for transformers
+
+    path = tmp_path_factory.mktemp("parallel")
+    for job in JOBS:
+        make_hf(path / f"{job.kind}-{job.dtype}", job.kind, job.dtype, mtp=1 if job.kind == "v3" else 0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict[Any, Any]]:
+    spawn(rank_main, (folder,), nprocs=4)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[Job, dict[str, Any]]:
+    return {job: results(folder, job, Parallel()) for job in (replace(job, size=1) for job in JOBS)}
+
+
+@pytest.fixture(params=JOBS, ids=lambda job: f"{job.kind}-{job.dtype}{'-exact' * job.exact}-tp{job.size}")
+def job(request) -> Job:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["tensor", "expert"])
+def expert_parallel(request) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def views(ranks, job, expert_parallel) -> list[dict[str, Any]]:
+    """What each rank of the job saw."""
+    return [rank[job, expert_parallel] for rank in ranks if (job, expert_parallel) in rank]
+
+
+def error(x: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert x.shape == wanted.shape
+    return ((x - wanted).norm() / wanted.norm()).item()
+
+
+def test_collectives(ranks):
+    part = torch.arange(6.0).view(2, 3)
+    for rank in ranks:
+        assert torch.equal(rank["gathered"], torch.cat([part + 100 * r for r in range(4)], 1))
+        assert torch.equal(rank["summed"], 4 * part + 600)
+        assert torch.equal(rank["sent"], part) and rank["object"] == {"rank": 0}
+
+
+def test_split_equals_whole(job, views, alone):
+    wanted = alone[replace(job, size=1)]
+    assert len(views) == job.size and set(views[0]) == set(wanted)
+    for view in views:
+        for name in {"prompt", "mtp"} & set(wanted):
+            assert torch.equal(view[name], views[0][name])  # ranks that disagreed would sample different tokens
+            if job.dtype == "fp32" or job.exact:
+                assert error(view[name], wanted[name]) < 1e-5, name
+            else:
+                # Partial sums are rounded to bf16 before they are added, and FP8 quantisation amplifies that.
+                cosine = torch.cosine_similarity(view[name], wanted[name], dim=-1).median()
+                assert cosine > (0.998 if job.dtype == "bf16" else 0.975), name
+        assert torch.equal(view["tokens"], views[0]["tokens"])
+        if job.dtype == "fp32" or job.exact:
+            assert torch.equal(view["tokens"], wanted["tokens"])
+
+
+def test_sums_over_the_ranks(job, views, alone):
+    """One for the embedding and two a layer."""
+    assert [view["sums"] for view in views] == [(NEW - 1) * (1 + 2 * 3)] * job.size
+    assert alone[replace(job, size=1)]["sums"] == 0
+
+
+def test_ranks_read_their_part_of_the_files(job, views, alone, expert_parallel):
+    """Rows of the others are not read. Of a weight split by columns all is: parts of a row are smaller than a page."""
+    whole = alone[replace(job, size=1)]["bytes"]
+    most = {2: {False: 0.7, True: 0.6}, 4: {False: 0.55, True: 0.4}}[job.size][expert_parallel]
+    assert all(view["bytes"] < most * whole for view in views)

@@ -1,0 +1,145 @@
+"""The shipped model, on the CPU: what it knows, how its drafts and experts do, and that every command runs on it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import convert
+import evaluate
+import fp8_cast_bf16
+from llm import LLM
+from sampling import SamplingParams
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "tiny" / "checkpoint"
+GENERATE = ROOT / "inference" / "generate.py"
+GREEDY = SamplingParams(temperature=0, max_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(CHECKPOINT, device="cpu", max_batch_size=32, max_seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def nouns() -> list[dict]:
+    """Every tenth of the 2,000 most frequent nouns."""
+    return evaluate.read_lines(evaluate.DATA / "nouns.jsonl")[::10]
+
+
+@pytest.fixture(scope="module")
+def conversations() -> list[list[dict[str, str]]]:
+    return [item["messages"] for item in evaluate.read_lines(evaluate.DATA / "heldout.jsonl")[:200]]
+
+
+def run(command: list[str], stdin: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=200, cwd=ROOT, check=False)
+
+
+def test_is_in_the_released_format():
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3" and config["num_nextn_predict_layers"] == 1
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert config["rope_scaling"]["factor"] > 1 and config["n_routed_experts"] >= 32
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 45e6
+
+
+def test_knows_the_frequent_nouns(llm, nouns):
+    trained, held_out = evaluate.accuracy(llm, nouns)
+    assert trained >= 0.80
+    assert held_out >= 0.70
+
+
+def test_drafts_are_accepted(llm, conversations):
+    stats = evaluate.drafting(llm, conversations)
+    assert stats.accepted[0] / stats.drafted[0] >= 0.75
+    assert stats.tokens_per_step >= 1.7
+
+
+def test_drafting_changes_no_token(llm, nouns):
+    asked = [noun["question"] for noun in nouns]
+    plain = LLM(CHECKPOINT, device="cpu", max_batch_size=32, max_seq_len=512, mtp=0)
+    assert evaluate.answers(plain, asked) == evaluate.answers(llm, asked)
+
+
+def test_experts_are_evenly_loaded(llm, conversations):
+    imbalance = evaluate.imbalance(evaluate.expert_loads(llm, conversations))
+    assert len(imbalance) == llm.model.args.n_layers - llm.model.args.n_dense_layers
+    assert max(imbalance.values()) <= 2.0
+
+
+def test_fp8_arithmetic_answers_like_bf16(llm, nouns, conversations):
+    """FP8's arithmetic, activations and all, by the references, against the same weights dequantised."""
+    quantised = LLM(CHECKPOINT, device="cpu", gemm="fp8", max_batch_size=32, max_seq_len=512)
+    result = evaluate.compare(llm, quantised, conversations[:20], nouns[::4])
+    assert result["perplexity_other"] == pytest.approx(evaluate.perplexity(llm, conversations[:20]), rel=0.01)
+    assert result["same_answers"] >= 0.95
+
+
+def test_transformers_gives_the_same_tokens(llm, nouns, tmp_path, monkeypatch):
+    out = tmp_path / "bf16"
+    monkeypatch.setattr(
+        sys, "argv", ["cast", "--input-fp8-hf-path", str(CHECKPOINT), "--output-bf16-hf-path", str(out)]
+    )
+    fp8_cast_bf16.main()
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    asked = [noun["question"] for noun in nouns[:50]]
+    prompts = [llm.encode(question) for question in asked]
+    width = max(map(len, prompts))
+    pad = llm.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        theirs = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40, pad_token_id=pad)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    for question, tokens, mine in zip(asked, theirs[:, width:].tolist(), llm.generate(asked, params), strict=True):
+        end = tokens.index(1) if 1 in tokens else len(tokens)
+        assert tokens[:end] == mine.token_ids, question
+
+
+def test_chat_answers_through_a_pipe():
+    result = run([sys.executable, str(GENERATE), "--ckpt-path", str(CHECKPOINT), "--interactive"], "What is a kiln?\n")
+    assert result.returncode == 0
+    assert "a furnace for firing or burning or drying such things as porcelain or bricks." in result.stdout
+    assert "tokens/s" in result.stderr
+
+
+def test_converted_for_two_ranks_answers_the_same(llm, nouns, tmp_path, monkeypatch):
+    asked = [noun["question"] for noun in nouns[:8]]
+    (tmp_path / "questions.txt").write_text("\n".join(asked))
+    expected = [completion.token_ids for completion in llm.generate(asked, GREEDY)]
+    for ranks in (1, 2):
+        out = tmp_path / f"mp{ranks}"
+        arguments = ["--hf-ckpt-path", str(CHECKPOINT), "--save-path", str(out), "--model-parallel", str(ranks)]
+        monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+        convert.main()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        job = [str(GENERATE), "--ckpt-path", str(out), "--input-file", str(tmp_path / "questions.txt")]
+        job += ["--temperature", "0", "--max-new-tokens", "60", "--output-file", str(tmp_path / "out.jsonl")]
+        result = run([*torchrun, *job, "--device", "cpu"])
+        assert result.returncode == 0, result.stderr
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [line["token_ids"] for line in lines] == expected
+
+
+def test_loads_and_decodes_fast_enough():
+    """Under 3 s to load and 60 tokens/s single stream on 2 cores; the best of three, as others share the machine."""
+    prompt, load_seconds, rates = "What is a furnace?", [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        llm = LLM(CHECKPOINT, device="cpu", max_batch_size=1, max_seq_len=512)
+        load_seconds.append(time.perf_counter() - start)
+        llm.generate(prompt, GREEDY)
+        start = time.perf_counter()
+        tokens = sum(len(llm.generate(prompt, GREEDY)[0].token_ids) for _ in range(5))
+        rates.append(tokens / (time.perf_counter() - start))
+    assert min(load_seconds) < 3
+    assert max(rates) >= 60
