@@ -59,6 +59,11 @@ def parse_arguments() -> Namespace:
     return args
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def load(args: Namespace, **sizes: Any) -> LLM:
     from llm import LLM
 
@@ -92,7 +97,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     from text import check_messages
 
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 and others
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--input-file {path}: not readable as text: {error}") from None
     prompts: list[dict[str, Any]] = []
@@ -105,6 +110,9 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         where = f"{path} line {number}"
         try:
             item = json.loads(line)
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: half of a surrogate pair, which is no character") from None
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{where}: not JSON: {error}") from None
         if not isinstance(item, dict) or len({"prompt", "messages"} & item.keys()) != 1:
@@ -120,17 +128,29 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     return prompts
 
 
+def check_output(path: str) -> None:
+    """Raises InputError when results could not be written there: better before the work than after it."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"--output-file {path}: no folder {folder}")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"--output-file {path}: not a file that can be written")
+
+
 def batch(args: Namespace, params: SamplingParams) -> None:
     """Complete every prompt of --input-file; print the results, and write them to --output-file."""
     from tqdm import tqdm
 
     from checkpoint import Checkpoint
     from engine import Request
+    from llm import check_ids
     from text import encode_chat, encode_prompt, load_tokenizer
 
     prompts = read_prompts(args.input_file)
-    tokenizer = load_tokenizer(args.ckpt_path)
+    if args.output_file and is_first():
+        check_output(args.output_file)
     model_args = Checkpoint(args.ckpt_path, args.config).args
+    tokenizer = load_tokenizer(args.ckpt_path)
     ids = [
         encode_prompt(tokenizer, item["prompt"], args.system)
         if "prompt" in item
@@ -140,9 +160,9 @@ def batch(args: Namespace, params: SamplingParams) -> None:
     longest = max(map(len, ids))
     max_seq_len = args.max_seq_len or min(longest + params.max_tokens, model_args.max_seq_len)
     rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
-    llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
     for number, prompt in enumerate(ids, 1):
-        llm.check_ids(prompt, f"{args.input_file}: prompt {number}")
+        check_ids(prompt, model_args.vocab_size, max_seq_len, f"{args.input_file}: prompt {number}")
+    llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
     requests = [Request(prompt, params, index) for index, prompt in enumerate(ids)]
 
     start = time.perf_counter()
@@ -164,26 +184,36 @@ def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict
 
 
 def report(llm: LLM, prompts: list[dict[str, Any]], requests: list[Request], output_file: str | None) -> None:
-    """Print each prompt with its completion and write the JSON lines, whole or not at all."""
-    lines = []
-    for item, request in zip(prompts, requests, strict=True):
-        completion = llm.completion(request)
-        print(f"Prompt: {item.get('prompt') or item['messages'][-1]['content']}\nCompletion: {completion.text}\n")
-        lines.append(
-            item
-            | {
-                "completion": completion.text,
-                "prompt_tokens": completion.prompt_tokens,
-                "completion_tokens": len(completion.token_ids),
-                "token_ids": completion.token_ids,
-                "finish_reason": completion.finish_reason,
-            }
-        )
-    if output_file:
-        partial = f"{output_file}.incomplete"
+    """Write the JSON lines, whole or not at all, and print each prompt with its completion."""
+    completions = [llm.completion(request) for request in requests]
+    lines = [
+        item
+        | {
+            "completion": completion.text,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": len(completion.token_ids),
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+        }
+        for item, completion in zip(prompts, completions, strict=True)
+    ]
+    try:
+        if output_file:
+            write_lines(output_file, lines)
+    finally:  # what could not be written is printed all the same
+        for item, completion in zip(prompts, completions, strict=True):
+            print(f"Prompt: {item.get('prompt') or item['messages'][-1]['content']}\nCompletion: {completion.text}\n")
+
+
+def write_lines(path: str, items: list[dict[str, Any]]) -> None:
+    partial = Path(f"{path}.incomplete")
+    try:
         with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        os.replace(partial, output_file)
+            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"--output-file {path}: {error.strerror}") from None
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -239,7 +269,7 @@ def say(
 
 def main() -> None:
     args = parse_arguments()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print("starting ...", file=sys.stderr, flush=True)
     from sampling import SamplingParams
 

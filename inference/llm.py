@@ -147,21 +147,8 @@ class LLM:
             ids = encode_chat(self.tokenizer, check_messages(prompt, "messages"))
         else:
             ids = list(prompt)
-        self.check_ids(ids)
+        check_ids(ids, self.model.args.vocab_size, self.max_seq_len)
         return ids
-
-    def check_ids(self, ids: list[int], where: str = "the prompt") -> None:
-        """Raises InputError, beginning with `where`, for ids that the model or the cache cannot take."""
-        vocab = self.model.args.vocab_size
-        if not ids:
-            raise InputError(f"{where} is empty")
-        if bad := [id for id in ids if not 0 <= id < vocab]:
-            raise InputError(f"{where} has token {bad[0]}, outside the model's vocabulary of {vocab}")
-        if len(ids) >= self.max_seq_len:
-            raise InputError(
-                f"{where} has {len(ids)} tokens and the cache holds {self.max_seq_len}, completion included; "
-                "shorten it or raise --max-seq-len"
-            )
 
     def generate(
         self, prompts: str | Sequence[str | Sequence[int]], params: SamplingParams | None = None
@@ -201,7 +188,7 @@ class LLM:
         Raises InputError for ids that the model or the cache cannot take.
         """
         ids = list(token_ids)
-        self.check_ids(ids)
+        check_ids(ids, self.model.args.vocab_size, self.max_seq_len)
         if len(ids) == 1:
             return []
         tokens = torch.tensor([ids], device=self.model.embed.weight.device)
@@ -211,6 +198,19 @@ class LLM:
     def completion(self, request: Request) -> Completion:
         text = self.tokenizer.decode(request.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(text, request.tokens, len(request.prompt), request.finish_reason or "interrupted")
+
+
+def check_ids(ids: list[int], vocab_size: int, max_seq_len: int, where: str = "the prompt") -> None:
+    """Raises InputError, beginning with `where`, for ids that the model or the cache cannot take."""
+    if not ids:
+        raise InputError(f"{where} is empty")
+    if bad := [id for id in ids if not 0 <= id < vocab_size]:
+        raise InputError(f"{where} has token {bad[0]}, outside the model's vocabulary of {vocab_size}")
+    if len(ids) >= max_seq_len:
+        raise InputError(
+            f"{where} has {len(ids)} tokens and the cache holds {max_seq_len}, completion included; "
+            "shorten it or raise --max-seq-len"
+        )
 
 
 def check_memory(weights: int, cache: int, workspace: int, device: torch.device) -> None:

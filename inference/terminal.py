@@ -34,7 +34,11 @@ class Terminal:
         self.signalled = False
 
     def __enter__(self) -> Terminal:
-        self.old_handler = signal.signal(signal.SIGINT, self._on_signal)
+        if self.enabled:
+            sys.stdin.reconfigure(errors="surrogateescape")  # a strict decoder loses the lines after a bad one, too
+        self.old_handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of __exit__
         if self.is_tty:
             self.saved = termios.tcgetattr(sys.stdin)
             quiet = termios.tcgetattr(sys.stdin)
@@ -50,7 +54,8 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGINT, self.old_handler)
+        for number, handler in self.old_handlers:
+            signal.signal(number, handler)
         if self.is_tty:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
             readline.set_history_length(1000)
@@ -67,12 +72,13 @@ class Terminal:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.at_prompt)
         try:
             line = input("> " if self.is_tty else "")
+            line.encode()
         except EOFError:
             if self.is_tty:
                 print()
             return None
-        except UnicodeDecodeError as error:
-            self.note(f"that line is not UTF-8 text: {error}")
+        except UnicodeEncodeError:
+            self.note("that line is not UTF-8 text")
             return ""
         if self.is_tty:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.answering)

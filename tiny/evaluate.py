@@ -111,15 +111,20 @@ def draw(loads: dict[str, list[int]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(loads), figsize=(3 * len(loads), 2.6), sharey=True, constrained_layout=True)
-    for axis, (name, load) in zip(axes, loads.items(), strict=True):
+    size = (2.6 * len(loads), 2.4)
+    figure, axes = plt.subplots(1, len(loads), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
+    for axis, (name, load) in zip(axes[0], loads.items(), strict=True):
         mean = sum(load) / len(load)
-        axis.bar(range(len(load)), sorted((n / mean for n in load), reverse=True), color="#4d6bfe")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{name}: max {max(load) / mean:.2f}", fontsize=10)
-        axis.set_xlabel("experts, busiest first")
-    axes[0].set_ylabel("tokens / mean")
-    figure.savefig(path, dpi=110)
+        axis.bar(range(len(load)), sorted((n / mean for n in load), reverse=True), width=0.75, color="#4d6bfe")
+        axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{name}: max / mean {max(load) / mean:.2f}", fontsize=9)
+        axis.set_xticks([])
+        axis.margins(x=0.02)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("tokens / mean", fontsize=9)
+    figure.supxlabel(f"the {len(load)} routed experts of each MoE layer, busiest first", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def compare(llm: LLM, other: LLM, conversations: list[list[Message]], nouns: list[dict[str, Any]]) -> dict[str, float]:

@@ -170,7 +170,7 @@ def parse_arguments() -> Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train.npy, from tiny/corpus.py")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the saves; an existing one is continued")
     add("--config", type=Path, default=CONFIG, metavar="FILE", help="Hugging Face config (default tiny/config.json)")
-    add("--steps", type=int, default=3000)
+    add("--steps", type=int, default=2000)
     add("--stop-after", type=int, metavar="N", help="stop and save at this step, to go on another time")
     add("--rows", type=int, default=256, help="rows of a batch")
     add("--seq-len", type=int, default=512, help="tokens of a row")
