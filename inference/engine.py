@@ -172,7 +172,10 @@ class Engine:
     def _kv_len(self, starts: list[int], S: int) -> int:
         return min(max(starts) + S, self.max_seq_len)
 
-    def _seeds(self, requests: list[Request]) -> torch.Tensor:
+    def _seeds(self, requests: list[Request]) -> torch.Tensor | None:
+        """A seed for each row; None when all are greedy, as then nothing is random."""
+        if all(r.params.temperature == 0 for r in requests):
+            return None
         return self._tensor([(r.params.seed + (r.index << 32)) % 2**63 for r in requests])
 
     def _share(self, interrupted: Callable[[], bool], *parts: torch.Tensor) -> tuple[list[list[int]], bool]:

@@ -257,9 +257,7 @@ def linear(
 
 
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [M, K], weight [N, K] of the same dtype -> x @ weight.T [M, N] in fp32, never rounded to that dtype."""
-    if weight.dtype == torch.float32:
-        return F.linear(x, weight)
-    if x.is_cuda:
+    """x [M, K], weight [N, K] -> x @ weight.T [M, N] in fp32, never rounded to the inputs' type."""
+    if x.is_cuda and weight.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())

@@ -129,6 +129,8 @@ class LLM:
             )
         self.model = model.to_empty(device=torch_device).eval()
         load_model(self.model, checkpoint, parallel, progress=verbose)
+        if torch_device.type == "cpu":
+            self.model.head.float()  # logits are fp32, and a CPU would widen the weight at every step
         self.engine = Engine(
             self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, prefill_chunk, keep_prefix
         )

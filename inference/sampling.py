@@ -76,18 +76,20 @@ def probabilities(logits: torch.Tensor, params: list[SamplingParams]) -> torch.T
     return torch.where(column([p.temperature for p in params]) == 0, greedy, probs)
 
 
-def draw(probs: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, stream: int) -> torch.Tensor:
+def draw(probs: torch.Tensor, seed: torch.Tensor | None, position: torch.Tensor, stream: int) -> torch.Tensor:
     """
-    One token from each row of probs [B, V], which need not sum to one: [B].
+    One token from each row of probs [B, V], which need not sum to one: [B]. Without a seed, the likeliest.
 
     An exponential race: with E_v ~ Exp(1) the smallest E_v / p_v belongs to token v with probability p_v.
     """
+    if seed is None:
+        return probs.argmax(-1)
     race = -torch.log(uniform(seed, position, probs.shape[-1], stream))
     return (probs / race).argmax(-1)
 
 
 def accept(
-    p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+    p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, seed: torch.Tensor | None, position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The acceptance rule of speculative sampling (arXiv:2302.01318, algorithm 2): draft i, drawn from q_i, stays with
@@ -95,13 +97,15 @@ def accept(
     all stay, one more comes from p_N. Each token is then distributed exactly as if drawn from p.
 
     p [B, N + 1, V], q [B, N, V], drafts [B, N], seed [B], position [B] of the first draft -> tokens [B, N + 1], of
-    which the first n_accepted [B] + 1 count.
+    which the first n_accepted [B] + 1 count. Without a seed all rows are greedy: p and q have all on one token.
     """
     B, N = drafts.shape
     p_draft = p[:, :N].gather(-1, drafts[..., None])[..., 0]
     q_draft = q.gather(-1, drafts[..., None])[..., 0]
-    at = position[:, None] + torch.arange(N, device=p.device)
-    u = uniform(seed.repeat_interleave(N), at.flatten(), 1, ACCEPT).view(B, N)
+    u: torch.Tensor | float = 0.0
+    if seed is not None:
+        at = position[:, None] + torch.arange(N, device=p.device)
+        u = uniform(seed.repeat_interleave(N), at.flatten(), 1, ACCEPT).view(B, N)
     n_accepted = (u * q_draft < p_draft).long().cumprod(1).sum(1)
     batch = torch.arange(B, device=p.device)
     residual = torch.cat([(p[:, :N] - q).clamp(min=0), p[:, N:]], dim=1)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from checkpoints import make_hf, oracle, read_weights, write_weights
 from engine import Engine, Request, Stats
@@ -296,7 +298,7 @@ def test_a_prompts_samples_do_not_depend_on_the_batch(folder, mtp):
     together = finish(load(folder, mtp=mtp), requests())
     llm = load(folder, mtp=mtp, max_batch_size=1)
     assert [finish(llm, [request])[0] for request in requests()] == together
-    assert finish(load(folder, mtp=mtp, max_batch_size=9), requests()[::-1])[::-1] == together
+    assert finish(load(folder, mtp=mtp, max_batch_size=9, prefill_chunk=40), requests()[::-1])[::-1] == together
 
 
 def test_the_seed_decides(folder):
@@ -491,6 +493,14 @@ def test_only_the_cache_grows_with_its_length(folder):
 
 
 # --- streaming --------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_words_keep_their_spaces():
+    """Some tokenizers drop the space before the first token that they decode."""
+    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "teen": 2}))
+    words.decoder = decoders.Metaspace()
+    decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=words))
+    assert [decoder.add([i]) for i in (0, 1, 2, 0)] == ["one", " two", "teen", " one"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -41,10 +41,12 @@ PROMPTS = ["one two three", "the lazy dog", "a mixture", "jumps over the questio
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint that never stops of itself when decoding greedily."""
+    """A checkpoint whose greedy answers are single lines that never stop of themselves."""
     folder = make_hf(tmp_path_factory.mktemp("generate") / "small", "v3", mtp=1, **SMALL)
+    vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     state = load_file(folder / "model.safetensors")
-    state["lm_head.weight"][1] = 0  # the end-of-sequence token's logit is 0, and some other token's is above it
+    for token in (1, vocab["Ċ"]):  # end of sequence, newline: a logit of 0, and some other token's is above it
+        state["lm_head.weight"][token] = 0
     save_file(state, folder / "model.safetensors")
     return folder
 
@@ -86,6 +88,11 @@ def torchrun(*argv: object, ranks: int = 2, nodes: tuple[str, ...] = ()) -> list
 
 def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def quietly_convert(source: Path, target: Path, mp: int) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        convert(source, target, mp)
 
 
 # --- batch ------------------------------------------------------------------------------------------------------------
@@ -167,8 +174,7 @@ def test_a_full_cache_ends_a_completion(folder, input_file, tmp_path, command):
 
 def test_folders_that_hold_the_same_model_answer_alike(folder, input_file, tmp_path, command):
     """Converted for one rank; and a Hugging Face folder without a config.json, whose config is given in our format."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert(folder, tmp_path / "converted", 1)
+    quietly_convert(folder, tmp_path / "converted", 1)
     bare = Path(shutil.copytree(folder, tmp_path / "bare"))
     args = ModelArgs.load(bare / "config.json")
     (bare / "config.json").unlink()
@@ -301,6 +307,13 @@ def test_chat_at_a_terminal(folder, tmp_path, terminal):
         assert "lost" not in shown and "^C" not in shown
         assert int(re.search(r" \+ (\d+) tokens", shown)[1]) < 1000
         screen.until("> ")
+        assert termios.tcgetattr(slave)[6][termios.VINTR] == b"\0", "under torchrun SIGINT would end the job"
+        screen.type("three\r")
+        screen.until("three\r\n")
+        screen.until(r"[^\r\n]{30}")  # the next answer is not stopped as well
+        screen.type("\x03")
+        screen.until(r"interrupted\]\r\n", 10)
+        screen.until("> ")
         screen.type("not this\x03/bogus\r")  # at the prompt Ctrl-C empties the line
         screen.until(r"\[/bogus is not a command")
         screen.until("> ")
@@ -313,7 +326,7 @@ def test_chat_at_a_terminal(folder, tmp_path, terminal):
     finally:
         process.kill()
     assert termios.tcgetattr(slave) == before
-    assert (tmp_path / ".deepseek_v3_history").read_text().splitlines()[-2:] == ["one two", "/bogus"]
+    assert (tmp_path / ".deepseek_v3_history").read_text().splitlines()[-2:] == ["three", "/bogus"]
 
 
 def test_the_terminal_is_restored_when_the_job_is_ended(terminal, monkeypatch, tmp_path):
@@ -360,8 +373,7 @@ def test_two_ranks_equal_one_process(folder, input_file, tmp_path, alone):
 
 def test_two_nodes_equal_one_process(folder, input_file, tmp_path, alone):
     """Two torchrun agents with a rank each; and the checkpoint converted for two."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert(folder, tmp_path / "converted", 2)
+    quietly_convert(folder, tmp_path / "converted", 2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -440,28 +452,36 @@ def rank_of(process: str) -> str | None:
     return None
 
 
-def test_a_killed_rank_ends_the_job(folder):
-    process = subprocess.Popen(
-        torchrun(SCRIPT, *chat_argv(folder, "--max-new-tokens", 2400)),
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
+def test_one_rank_is_interrupted_then_one_killed(folder, tmp_path):
+    """SIGINT at rank 0 stops the answer on all ranks and the chat goes on; a rank that dies ends it, without a hang."""
+    with open(tmp_path / "err", "wb") as err:
+        process = subprocess.Popen(
+            torchrun(SCRIPT, *chat_argv(folder, "--max-new-tokens", 2400)),
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            start_new_session=True,
+        )
+
+    def ask() -> dict[str | None, int]:
+        """Returns the processes by rank once the answer has begun."""
         process.stdin.write(b"one two\n")
         process.stdin.flush()
         assert process.stdout.read(20), "no answer began"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (victim,) = [child for child in children if rank_of(child) == "1"]
-        os.kill(int(victim), signal.SIGKILL)
-        _, err = process.communicate(timeout=30)
+        return {rank_of(child): int(child) for child in children}
+
+    try:
+        os.kill(ask()["0"], signal.SIGINT)
+        process.stdout.readline()
+        os.kill(ask()["1"], signal.SIGKILL)
+        process.communicate(timeout=30)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode > 0
-    assert b"tokens/s" not in err, "the answer had ended before"
+    assert re.findall(r"tokens a step.*(, .*)\]", (tmp_path / "err").read_text()) == [", interrupted"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -500,8 +520,7 @@ def without_template(folder: Path) -> None:
 
 
 def converted_for_two(folder: Path) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert(folder, folder.parent / "shards", 2)
+    quietly_convert(folder, folder.parent / "shards", 2)
     shutil.rmtree(folder)
     os.rename(folder.parent / "shards", folder)
 
@@ -633,7 +652,7 @@ def test_bad_input_files(folder, tmp_path, command, contents, complaint):
 
 def test_prompts_longer_than_the_cache(folder, input_file, command):
     argv = ("--ckpt-path", folder, "--input-file", input_file, "--max-seq-len", 5, "--device", "cpu")
-    check_refusal(command(*argv), r"prompts.txt: prompt 1 has 6 tokens and the cache holds 5")
+    check_refusal(command(*argv), r"prompts.txt: prompt 1 has \d tokens and the cache holds 5")
 
 
 @pytest.mark.parametrize("name, complaint", [("nowhere/out.jsonl", "no folder .*nowhere"), ("", "not a file")])
