@@ -27,6 +27,10 @@ import torch
 from model import Transformer
 from sampling import DRAFT, TOKEN, SamplingParams, accept, draw, probabilities
 
+# A token's log-probability, and the likeliest tokens (id, log-probability) in its place: the model's, before sampling.
+TokenLogprobs = tuple[float, list[tuple[int, float]]]
+News = tuple["Request", list[int], list[TokenLogprobs]]  # a request, its new tokens, and theirs if asked for
+
 
 @dataclass
 class Request:
@@ -36,6 +40,8 @@ class Request:
     params: SamplingParams
     index: int = 0
     tokens: list[int] = field(default_factory=list)  # generated so far, without the stop token
+    text: str = ""  # the same as text, kept by LLM.run
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `tokens`, if asked for
     finish_reason: Literal["stop", "length", "interrupted"] | None = None
     first_token_seconds: float = 0.0
     row: int = -1
@@ -103,6 +109,7 @@ class Engine:
     ) -> Iterator[tuple[Request, list[int]]]:
         """
         Decode all requests; yields (request, its new tokens) as they come, finish_reason being set with the last.
+        Whoever takes them may set it too, to end a request.
 
         `interrupted` is asked on rank 0 once a step and ends what is live and waiting. A prompt must be shorter than
         max_seq_len: prompt and completion together are at most that long.
@@ -114,13 +121,12 @@ class Engine:
                 admitted = [self._admit(waiting.popleft()) for _ in range(min(len(self.free), len(waiting)))]
                 live += admitted
                 news, stopped = self._prefill(admitted, interrupted) if admitted else self._decode(live, interrupted)
-                for request, tokens in news:
+                for request, tokens, logprobs in news:
                     request.first_token_seconds = request.first_token_seconds or time.perf_counter() - start
-                    tokens = self._take(request, tokens)
+                    yield request, self._take(request, tokens, logprobs)
                     if request.finish_reason:
                         live.remove(request)
                         self._release(request)
-                    yield request, tokens
                 if stopped:
                     for request in [*live, *waiting]:
                         request.finish_reason = "interrupted"
@@ -148,7 +154,7 @@ class Engine:
         self.contents[request.row] = request.ids[: request.cached]
         self.free.append(request.row)
 
-    def _take(self, request: Request, tokens: list[int]) -> list[int]:
+    def _take(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs]) -> list[int]:
         """Append new tokens up to a stop token or the request's limit; returns those that count."""
         limit = min(len(request.prompt) + request.params.max_tokens, self.max_seq_len)
         taken: list[int] = []
@@ -161,6 +167,7 @@ class Engine:
                 request.finish_reason = "length"
                 break
         request.tokens += taken
+        request.logprobs += logprobs[: len(taken)]
         self.stats.new_tokens += len(taken)
         return taken
 
@@ -178,6 +185,41 @@ class Engine:
             return None
         return self._tensor([(r.params.seed + (r.index << 32)) % 2**63 for r in requests])
 
+    def _seen(self, requests: list[Request], ahead: torch.Tensor) -> torch.Tensor | None:
+        """
+        [B, n + 1, V]: the tokens that each row has before its j-th new one, the first j of `ahead` [B, n] counted in.
+        None when no row has a repetition penalty.
+        """
+        if all(r.params.repetition_penalty == 1 for r in requests):
+            return None
+        B, n = ahead.shape
+        seen = torch.zeros(B, n + 1, self.model.args.vocab_size, dtype=torch.bool, device=self.device)
+        for row, request in zip(seen, requests, strict=True):
+            row[:, request.ids] = True
+        for j in range(n):
+            seen[torch.arange(B, device=self.device), j + 1 :, ahead[:, j]] = True
+        return seen
+
+    def _logprobs(
+        self, requests: list[Request], logits: torch.Tensor, tokens: torch.Tensor
+    ) -> list[list[TokenLogprobs]]:
+        """For logits [B, n, V] and the tokens [B, n] chosen there, what the requests that asked for it report."""
+        most = max((r.params.logprobs for r in requests if r.params.logprobs is not None), default=None)
+        if most is None:
+            return [[] for _ in requests]
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, tokens[..., None])[..., 0].tolist()
+        values, ids = (top.tolist() for top in logprobs.topk(most))
+        return [
+            [
+                (own, list(zip(i, v, strict=True))[: r.params.logprobs])
+                for own, i, v in zip(chosen[b], ids[b], values[b], strict=True)
+            ]
+            if r.params.logprobs is not None
+            else []
+            for b, r in enumerate(requests)
+        ]
+
     def _share(self, interrupted: Callable[[], bool], *parts: torch.Tensor) -> tuple[list[list[int]], bool]:
         """Rank 0's integers, [B, ..] each, joined per row: the one point of a step where the host waits."""
         flag = self._tensor([self.model.parallel.rank == 0 and interrupted()])
@@ -187,11 +229,9 @@ class Engine:
         return [flat[i : i + width] for i in range(0, len(flat), width)], bool(flag)
 
     @torch.inference_mode()
-    def _prefill(
-        self, requests: list[Request], interrupted: Callable[[], bool]
-    ) -> tuple[list[tuple[Request, list[int]]], bool]:
+    def _prefill(self, requests: list[Request], interrupted: Callable[[], bool]) -> tuple[list[News], bool]:
         """Run the requests' prompts in chunks; their first tokens."""
-        news: list[tuple[Request, list[int]]] = []
+        news: list[News] = []
         stopped = False
         pending = list(requests)
         while pending and not stopped:
@@ -207,7 +247,9 @@ class Engine:
 
             params = [r.params for r in pending]
             batch = torch.arange(len(pending), device=self.device)
-            probs = probabilities(self.model.logits(h[batch, last - 1]), params)
+            logits = self.model.logits(h[batch, last - 1])
+            seen = self._seen(pending, start_pos.new_zeros(len(pending), 0))
+            probs = probabilities(logits, params, None if seen is None else seen[:, 0])
             token = draw(probs, self._seeds(pending), start_pos + last, TOKEN)
             # What follows each token of the chunk: the prompt's own next tokens, and after its end the drawn one.
             ahead = S + self.n_drafts
@@ -217,18 +259,17 @@ class Engine:
             known[batch, last - 1] = torch.where(done, token, known[batch, last - 1])
             drafts = self._draft(pending, h, known, last - 1, done, start_pos, rows)
             values, stopped = self._share(interrupted, token[:, None], drafts)
-            for r, n, (first, *draft) in zip(pending, lengths, values, strict=True):
+            logprobs = self._logprobs(pending, logits[:, None], token[:, None])
+            for r, n, (first, *draft), logprob in zip(pending, lengths, values, logprobs, strict=True):
                 r.cached += n
                 if r.cached == len(r.prompt):
                     r.drafts = draft
-                    news.append((r, [first]))
+                    news.append((r, [first], logprob))
             pending = [r for r in pending if r.cached < len(r.prompt)]
         return news, stopped
 
     @torch.inference_mode()
-    def _decode(
-        self, requests: list[Request], interrupted: Callable[[], bool]
-    ) -> tuple[list[tuple[Request, list[int]]], bool]:
+    def _decode(self, requests: list[Request], interrupted: Callable[[], bool]) -> tuple[list[News], bool]:
         """One step of all live rows: verify the standing drafts, draw one token more, draft anew."""
         B, N = len(requests), self.n_drafts
         starts = [r.cached for r in requests]
@@ -238,16 +279,19 @@ class Engine:
         h = self.model.hidden(tokens, step, self.cache)
 
         params = [r.params for r in requests for _ in range(N + 1)]
-        probs = probabilities(self.model.logits(h).flatten(0, 1), params).unflatten(0, (B, N + 1))
+        logits, seen = self.model.logits(h), self._seen(requests, tokens[:, 1:])
+        probs = probabilities(logits.flatten(0, 1), params, None if seen is None else seen.flatten(0, 1))
+        probs = probs.unflatten(0, (B, N + 1))
         new, n_accepted = accept(probs, self.draft_probs[rows], tokens[:, 1:], self._seeds(requests), start_pos + 1)
         known = torch.cat([new, new.new_zeros(B, N)], dim=1)
         drafts = self._draft(requests, h, known, n_accepted, torch.ones_like(rows).bool(), start_pos, rows)
         values, stopped = self._share(interrupted, n_accepted[:, None], new, drafts)
-        news = []
-        for r, (n, *ids) in zip(requests, values, strict=True):
+        logprobs = self._logprobs(requests, logits, new)
+        news: list[News] = []
+        for r, (n, *ids), logprob in zip(requests, values, logprobs, strict=True):
             r.cached += n + 1
             r.drafts = ids[N + 1 :]
-            news.append((r, ids[: n + 1]))
+            news.append((r, ids[: n + 1], logprob))
             for i in range(min(n + 1, N)):
                 self.stats.drafted[i] += 1
                 self.stats.accepted[i] += i < n

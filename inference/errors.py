@@ -18,15 +18,20 @@ def problems(what: str, found: Sequence[str], shown: int = 10) -> InputError:
     return InputError(f"{what}: " + "; ".join(found[:shown]) + more)
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; the rest is a bug."""
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first():
             time.sleep(1)  # most errors occur on every rank: rank 0 tells, and torchrun ends the others meanwhile
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,16 +7,14 @@ Chat and batch generation from a DeepSeek-V3 checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, run_command
+from errors import InputError, is_first, run_command
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a wrong flag should not wait for them
     from engine import Request, Stats
@@ -39,9 +37,15 @@ def parse_arguments() -> Namespace:
     mode.add_argument("--interactive", action="store_true", help="chat; /clear starts over, /exit or Ctrl-D ends")
     mode.add_argument("--input-file", metavar="FILE", help="a prompt a line, or .jsonl with prompt or messages")
     add("--output-file", metavar="FILE", help="write results as JSON lines, in input order (with --input-file)")
+    add("--resume", action="store_true", help="keep the results that --output-file has, of an interrupted job")
+    add("--logprobs", type=int, metavar="N", help="write each token's log-probability and the N likeliest tokens'")
     add("--max-new-tokens", type=positive, default=200, metavar="N", help="tokens of a completion (default 200)")
     add("--temperature", type=float, default=0.2, metavar="T", help="0 is greedy (default 0.2)")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens reaching this (default 1)")
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (default 0: all)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens less likely than P times the best")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens already there (default 1: none)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a completion before this; may be repeated")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same output (default 0)")
     add("--system", metavar="TEXT", help="system message of every conversation")
     add("--max-seq-len", type=positive, metavar="N", help="tokens of prompt and completion the cache holds")
@@ -52,16 +56,13 @@ def parse_arguments() -> Namespace:
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto", help="arithmetic of FP8 weights (default auto)")
     add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
     args = parser.parse_args()
-    if args.output_file and args.interactive:
-        parser.error("--output-file goes with --input-file")
+    if args.interactive and (args.output_file or args.logprobs is not None):
+        parser.error("--output-file and --logprobs go with --input-file")
+    if not args.output_file and (args.resume or args.logprobs is not None):
+        parser.error("--resume and --logprobs go with --output-file")
     if args.mtp is not None and args.mtp < 0:
         parser.error("--mtp: wanted 0 or more")
     return args
-
-
-def is_first() -> bool:
-    """Whether this is the only process, or torchrun's rank 0."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def load(args: Namespace, **sizes: Any) -> LLM:
@@ -80,140 +81,16 @@ def load(args: Namespace, **sizes: Any) -> LLM:
     )
 
 
-def status(stats: Stats, prompt_tokens: int, new_tokens: int, seconds: float) -> str:
+def status(stats: Stats, requests: list[Request], seconds: float) -> str:
     """One line on what was done, how fast, and how well the drafts did."""
-    line = f"[{prompt_tokens} + {new_tokens} tokens, {seconds:.1f} s, {new_tokens / max(seconds, 1e-9):.1f} tokens/s"
+    started = [r.first_token_seconds for r in requests if r.tokens] or [0.0]
+    new = sum(len(r.tokens) for r in requests)
+    line = f"[{sum(len(r.prompt) for r in requests)} + {new} tokens, {seconds:.1f} s, first after "
+    line += f"{sum(started) / len(started):.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s"
     if stats.drafted and stats.drafted[0]:
         shares = ", ".join(f"{a / max(n, 1):.0%}" for a, n in zip(stats.accepted, stats.drafted, strict=True))
         line += f", {stats.tokens_per_step:.2f} tokens a step, drafts accepted {shares}"
     return line + "]"
-
-
-# --- batch ------------------------------------------------------------------------------------------------------------
-
-
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """[{"prompt": text}] or [{"messages": [..]}] from a text file, a prompt a line, or from .jsonl."""
-    from text import check_messages
-
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 and others
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--input-file {path}: not readable as text: {error}") from None
-    prompts: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if not path.endswith(".jsonl"):
-            prompts.append({"prompt": line})
-            continue
-        where = f"{path} line {number}"
-        try:
-            item = json.loads(line)
-            json.dumps(item, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{where}: half of a surrogate pair, which is no character") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON: {error}") from None
-        if not isinstance(item, dict) or len({"prompt", "messages"} & item.keys()) != 1:
-            raise InputError(f'{where}: wanted an object with either "prompt" or "messages"')
-        if "messages" in item:
-            prompts.append({"messages": check_messages(item["messages"], where)})
-        elif isinstance(item["prompt"], str) and item["prompt"]:
-            prompts.append({"prompt": item["prompt"]})
-        else:
-            raise InputError(f'{where}: "prompt" should be text')
-    if not prompts:
-        raise InputError(f"--input-file {path}: no prompts in it")
-    return prompts
-
-
-def check_output(path: str) -> None:
-    """Raises InputError when results could not be written there: better before the work than after it."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise InputError(f"--output-file {path}: no folder {folder}")
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"--output-file {path}: not a file that can be written")
-
-
-def batch(args: Namespace, params: SamplingParams) -> None:
-    """Complete every prompt of --input-file; print the results, and write them to --output-file."""
-    from tqdm import tqdm
-
-    from checkpoint import Checkpoint
-    from engine import Request
-    from llm import check_ids
-    from text import encode_chat, encode_prompt, load_tokenizer
-
-    prompts = read_prompts(args.input_file)
-    if args.output_file and is_first():
-        check_output(args.output_file)
-    model_args = Checkpoint(args.ckpt_path, args.config).args
-    tokenizer = load_tokenizer(args.ckpt_path)
-    ids = [
-        encode_prompt(tokenizer, item["prompt"], args.system)
-        if "prompt" in item
-        else encode_chat(tokenizer, with_system(item["messages"], args.system))
-        for item in prompts
-    ]
-    longest = max(map(len, ids))
-    max_seq_len = args.max_seq_len or min(longest + params.max_tokens, model_args.max_seq_len)
-    rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
-    for number, prompt in enumerate(ids, 1):
-        check_ids(prompt, model_args.vocab_size, max_seq_len, f"{args.input_file}: prompt {number}")
-    llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
-    requests = [Request(prompt, params, index) for index, prompt in enumerate(ids)]
-
-    start = time.perf_counter()
-    with tqdm(total=len(requests), desc="prompts", disable=llm.parallel.rank > 0) as bar:
-        for request, _ in llm.engine.run(requests):
-            bar.update(request.finish_reason is not None)
-    seconds = time.perf_counter() - start
-    if llm.parallel.rank == 0:
-        report(llm, prompts, requests, args.output_file)
-        stats = llm.stats
-        print(status(stats, sum(map(len, ids)), stats.new_tokens, seconds), file=sys.stderr)
-
-
-def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
-    """The conversation, with --system in front unless it brings its own."""
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def report(llm: LLM, prompts: list[dict[str, Any]], requests: list[Request], output_file: str | None) -> None:
-    """Write the JSON lines, whole or not at all, and print each prompt with its completion."""
-    completions = [llm.completion(request) for request in requests]
-    lines = [
-        item
-        | {
-            "completion": completion.text,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": len(completion.token_ids),
-            "token_ids": completion.token_ids,
-            "finish_reason": completion.finish_reason,
-        }
-        for item, completion in zip(prompts, completions, strict=True)
-    ]
-    try:
-        if output_file:
-            write_lines(output_file, lines)
-    finally:  # what could not be written is printed all the same
-        for item, completion in zip(prompts, completions, strict=True):
-            print(f"Prompt: {item.get('prompt') or item['messages'][-1]['content']}\nCompletion: {completion.text}\n")
-
-
-def write_lines(path: str, items: list[dict[str, Any]]) -> None:
-    partial = Path(f"{path}.incomplete")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"--output-file {path}: {error.strerror}") from None
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -261,7 +138,7 @@ def say(
     seconds = time.perf_counter() - start
     write("\n")
     if llm.parallel.rank == 0:
-        line = status(llm.stats, len(prompt), len(request.tokens), seconds)
+        line = status(llm.stats, [request], seconds)
         ended = {"length": ", cut at the limit", "interrupted": ", interrupted"}.get(request.finish_reason or "", "")
         print(line.removesuffix("]") + ended + "]", file=sys.stderr)
     return answer
@@ -271,10 +148,27 @@ def main() -> None:
     args = parse_arguments()
     if is_first():
         print("starting ...", file=sys.stderr, flush=True)
+    # OpenMP's waiting threads spin by default: with another program on one core, decoding is then 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from sampling import SamplingParams
 
-    params = SamplingParams(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-    (chat if args.interactive else batch)(args, params)
+    params = SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_tokens=args.max_new_tokens,
+        seed=args.seed,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
+        logprobs=args.logprobs,
+    )
+    if args.interactive:
+        chat(args, params)
+    else:
+        from batch import batch
+
+        batch(args, params, load, status)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,37 @@ import torch
 
 from checkpoint import Checkpoint, load_model, tensor_specs
 from config import ModelArgs
-from engine import Engine, Request, Stats
+from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
 from model import Transformer
 from parallel import Parallel, join_ranks
 from sampling import SamplingParams
-from text import Message, StreamDecoder, check_messages, encode_chat, encode_prompt, load_tokenizer, stop_ids
+from text import (
+    Message,
+    StopStrings,
+    StreamDecoder,
+    check_messages,
+    encode_chat,
+    encode_prompt,
+    load_tokenizer,
+    stop_ids,
+)
 
 DEFAULT_MAX_SEQ_LEN = 16384  # where neither the user nor the prompts say; at 70 KB a token V3's cache is 1.1 GB a row
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a prompt. finish_reason: "stop", "length" (a limit was reached) or "interrupted"."""
+    """
+    What became of a prompt. finish_reason: "stop", "length" (a limit was reached) or "interrupted". logprobs: for each
+    token its log-probability and the likeliest ones' (id, log-probability), if SamplingParams asked for them.
+    """
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: str
+    logprobs: list[TokenLogprobs]
 
 
 def choose_device(device: str) -> str:
@@ -152,22 +165,56 @@ class LLM:
         check_ids(ids, self.model.args.vocab_size, self.max_seq_len)
         return ids
 
+    def run(
+        self, requests: Sequence[Request], interrupted: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Request, str]]:
+        """
+        Decode all requests; yields (request, a piece of its text) as they come, finish_reason being set with the last.
+        A request ends before its first stop string. `interrupted`: see Engine.run.
+        """
+        open_ = {id(r): (r, StreamDecoder(self.tokenizer), StopStrings(r.params.stop)) for r in requests}
+
+        def rest(request: Request) -> str:
+            _, decoder, stop = open_.pop(id(request))
+            return "" if stop.found else stop.add(decoder.end()) + stop.end()
+
+        for request, tokens in self.engine.run(requests, interrupted):
+            _, decoder, stop = open_[id(request)]
+            if not request.params.stop:
+                piece = decoder.add(tokens)
+            else:
+                piece = ""
+                for n, token in enumerate(tokens, 1 - len(tokens)):
+                    piece += stop.add(decoder.add([token]))
+                    if stop.found:
+                        request.finish_reason = "stop"
+                        if n < 0:  # drafted tokens after the stop string do not count
+                            del request.tokens[n:], request.logprobs[n:]
+                        break
+            piece += rest(request) if request.finish_reason else ""
+            request.text += piece
+            yield request, piece
+        for request, _, _ in list(open_.values()):  # interrupted
+            piece = rest(request)
+            request.text += piece
+            yield request, piece
+
     def generate(
         self, prompts: str | Sequence[str | Sequence[int]], params: SamplingParams | None = None
     ) -> list[Completion]:
         """Complete one or several prompts, each as a user's message or as token ids, in the order given."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         requests = [Request(self.encode(p), params or SamplingParams(), i) for i, p in enumerate(prompts)]
-        for _ in self.engine.run(requests):
+        for _ in self.run(requests):
             pass
-        return [self.completion(request) for request in requests]
+        return [completion(request) for request in requests]
 
     def chat(self, messages: list[Message], params: SamplingParams | None = None) -> Completion:
         """The assistant's answer to a conversation."""
         request = Request(self.encode(messages), params or SamplingParams())
-        for _ in self.engine.run([request]):
+        for _ in self.run([request]):
             pass
-        return self.completion(request)
+        return completion(request)
 
     def stream(
         self,
@@ -176,11 +223,8 @@ class LLM:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[str, Request]]:
         """Pieces of the completion's text as they come, each with the request as it stands."""
-        request = Request(self.encode(prompt), params or SamplingParams())
-        decoder = StreamDecoder(self.tokenizer)
-        for _, tokens in self.engine.run([request], interrupted):
-            yield decoder.add(tokens), request
-        yield decoder.end(), request
+        for request, piece in self.run([Request(self.encode(prompt), params or SamplingParams())], interrupted):
+            yield piece, request
 
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -197,9 +241,11 @@ class LLM:
         logits = self.model(tokens[:, :-1], all_positions=True)
         return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0].tolist()
 
-    def completion(self, request: Request) -> Completion:
-        text = self.tokenizer.decode(request.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(text, request.tokens, len(request.prompt), request.finish_reason or "interrupted")
+
+def completion(request: Request) -> Completion:
+    """What LLM.run made of a request."""
+    reason = request.finish_reason or "interrupted"
+    return Completion(request.text, request.tokens, len(request.prompt), reason, request.logprobs)
 
 
 def check_ids(ids: list[int], vocab_size: int, max_seq_len: int, where: str = "the prompt") -> None:

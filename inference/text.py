@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,26 @@ class StreamDecoder:
         return self.tokenizer.decode(
             self.ids[self.start : end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+class StopStrings:
+    """Passes text on up to the first of some strings, holding back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]):
+        self.stop = stop
+        self.held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        text = self.held + text
+        if hits := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
+            self.found, self.held = True, ""
+            return text[: min(hits)]
+        held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def end(self) -> str:
+        """What was held back and was no beginning after all."""
+        held, self.held = self.held, ""
+        return held

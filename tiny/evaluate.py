@@ -41,9 +41,9 @@ def answers(llm: LLM, prompts: list[str | list[Message]]) -> list[str]:
     """Greedy answers, in order."""
     requests = [Request(llm.encode(prompt), GREEDY, i) for i, prompt in enumerate(prompts)]
     with tqdm(total=len(requests), desc="answers") as bar:
-        for request, _ in llm.engine.run(requests):
+        for request, _ in llm.run(requests):
             bar.update(request.finish_reason is not None)
-    return [llm.completion(request).text for request in requests]
+    return [request.text for request in requests]
 
 
 def knows(answer: str, glosses: list[str]) -> bool:

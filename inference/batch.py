@@ -1,0 +1,227 @@
+"""Batch generation: a file of prompts in, JSON lines out, in the same order. An interrupted job can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from checkpoint import Checkpoint
+from engine import Request
+from errors import InputError, is_first
+from llm import LLM, check_ids, completion
+from sampling import SamplingParams
+from text import check_messages, encode_chat, encode_prompt, load_tokenizer
+
+Item = dict[str, Any]  # {"prompt": text} or {"messages": [..]}; a result has its index and what was generated besides
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[tuple[int, Any]]:
+    """(line number, object) of each line of a .jsonl file that is not empty. Raises InputError naming a bad line."""
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would cut at U+2028 and others
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            item = json.loads(line)
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: half of a surrogate pair, which is no character") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(item, dict):
+            raise InputError(f'{where}: wanted an object with either "prompt" or "messages"')
+        found.append((number, item))
+    return found
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text: {error}") from None
+
+
+def read_prompts(path: str) -> list[Item]:
+    """[{"prompt": text}] or [{"messages": [..]}] from a text file, a prompt a line, or from .jsonl."""
+    if not path.endswith(".jsonl"):
+        prompts = [{"prompt": line} for line in read_text(Path(path)).split("\n") if line.strip()]
+    else:
+        prompts = []
+        for number, item in read_lines(Path(path)):
+            where = f"{path} line {number}"
+            if len({"prompt", "messages"} & item.keys()) != 1:
+                raise InputError(f'{where}: wanted an object with either "prompt" or "messages"')
+            if "messages" in item:
+                prompts.append({"messages": check_messages(item["messages"], where)})
+            elif isinstance(item["prompt"], str) and item["prompt"]:
+                prompts.append({"prompt": item["prompt"]})
+            else:
+                raise InputError(f'{where}: "prompt" should be text')
+    if not prompts:
+        raise InputError(f"--input-file {path}: no prompts in it")
+    return prompts
+
+
+def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    """The conversation, with --system in front unless it brings its own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """
+    The JSON lines of --output-file. Each is added to FILE.incomplete as soon as its prompt is finished; at the end they
+    are sorted and FILE takes its place, so that FILE is always whole, and a killed job loses nothing.
+    """
+
+    def __init__(self, path: str | None, prompts: list[Item], resume: bool):
+        """Raises InputError when nothing could be written there, or `resume` finds results of other prompts."""
+        self.path = None if path is None else Path(path)
+        self.done: dict[int, Item] = {}
+        if self.path is None:
+            return
+        folder = self.path.resolve().parent
+        if not folder.is_dir():
+            raise InputError(f"--output-file {path}: no folder {folder}")
+        if self.path.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"--output-file {path}: not a file that can be written")
+        self.partial = Path(f"{path}.incomplete")
+        if not resume:
+            self.partial.unlink(missing_ok=True)
+        else:
+            for source in (self.path, self.partial):
+                if source.exists():
+                    self._read(source, prompts)
+
+    def _read(self, path: Path, prompts: list[Item]) -> None:
+        if path == self.partial and not (text := read_text(path)).endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # the job was killed amid a line
+        for number, item in read_lines(path):
+            index = item.get("index")
+            if (
+                type(index) is not int
+                or not 0 <= index < len(prompts)
+                or any(item.get(key) != value for key, value in prompts[index].items())
+            ):
+                raise InputError(f"--resume: {path} line {number} is no result of this input file")
+            self.done[index] = item
+
+    def add(self, index: int, item: Item) -> None:
+        self.done[index] = item
+        if self.path is not None:
+            self._write(self.partial, [item], "a")
+
+    def finish(self) -> None:
+        """Put the results in order and in their place."""
+        if self.path is None:
+            return
+        ordered = Path(f"{self.partial}.sorted")
+        self._write(ordered, [self.done[i] for i in sorted(self.done)], "w")
+        try:
+            os.replace(ordered, self.path)
+        except OSError as error:
+            raise self._failed(error) from None
+        self.partial.unlink(missing_ok=True)
+
+    def _write(self, path: Path, items: list[Item], mode: str) -> None:
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> InputError:
+        return InputError(
+            f"--output-file {self.path}: {error.strerror}; what is finished is in {self.partial}, and --resume goes on"
+        )
+
+
+def result(index: int, prompt: Item, request: Request) -> Item:
+    done = completion(request)
+    item = {
+        "index": index,
+        **prompt,
+        "completion": done.text,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": len(done.token_ids),
+        "token_ids": done.token_ids,
+        "finish_reason": done.finish_reason,
+    }
+    if request.params.logprobs is not None:
+        item["logprobs"] = [{"logprob": own, "top": top} for own, top in done.logprobs]
+    return item
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+
+def batch(
+    args: Namespace,
+    params: SamplingParams,
+    load: Callable[..., LLM],
+    status: Callable[..., str],
+) -> None:
+    """
+    Complete every prompt of --input-file, print each result as it is finished and write all to --output-file. Ctrl-C
+    writes what is finished, and ends in KeyboardInterrupt.
+    """
+    prompts = read_prompts(args.input_file)
+    results = Results(args.output_file if is_first() else None, prompts, args.resume)
+    model_args = Checkpoint(args.ckpt_path, args.config).args
+    tokenizer = load_tokenizer(args.ckpt_path)
+    ids = [
+        encode_prompt(tokenizer, item["prompt"], args.system)
+        if "prompt" in item
+        else encode_chat(tokenizer, with_system(item["messages"], args.system))
+        for item in prompts
+    ]
+    max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
+    rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
+    for number, prompt in enumerate(ids, 1):
+        check_ids(prompt, model_args.vocab_size, max_seq_len, f"{args.input_file}: prompt {number}")
+    llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
+    done = llm.parallel.broadcast_object(set(results.done))  # one answer for all ranks
+    requests = [Request(prompt, params, index) for index, prompt in enumerate(ids) if index not in done]
+    first = llm.parallel.rank == 0
+
+    signals: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    start = time.perf_counter()
+    try:
+        with tqdm(total=len(ids), initial=len(done), desc="prompts", disable=not first) as bar:
+            for request, _ in llm.run(requests, lambda: bool(signals)):
+                if request.finish_reason in ("stop", "length"):
+                    bar.update()
+                    if first:
+                        item = result(request.index, prompts[request.index], request)
+                        bar.write(show(item))
+                        results.add(request.index, item)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if first:
+        results.finish()
+        print(status(llm.stats, requests, time.perf_counter() - start), file=sys.stderr)
+    if any(request.finish_reason == "interrupted" for request in requests):
+        raise KeyboardInterrupt(f"{len(results.done)} of {len(prompts)} prompts are finished; --resume goes on")
+
+
+def show(item: Item) -> str:
+    prompt = item.get("prompt") or item["messages"][-1]["content"]
+    return f"Prompt: {prompt}\nCompletion: {item['completion']}\n"
