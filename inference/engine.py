@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from model import Transformer
+from model import Step, Transformer
 from sampling import DRAFT, TOKEN, SamplingParams, accept, draw, probabilities
 
 # A token's log-probability, and the likeliest tokens (id, log-probability) in its place: the model's, before sampling.
@@ -257,7 +257,7 @@ class Engine:
             known = self._tensor([k + [0] * (ahead - len(k)) for k in known])
             done = self._tensor([r.cached + n == len(r.prompt) for r, n in zip(pending, lengths, strict=True)]).bool()
             known[batch, last - 1] = torch.where(done, token, known[batch, last - 1])
-            drafts = self._draft(pending, h, known, last - 1, done, start_pos, rows)
+            drafts = self._draft(pending, h, known, last - 1, done, step)
             values, stopped = self._share(interrupted, token[:, None], drafts)
             logprobs = self._logprobs(pending, logits[:, None], token[:, None])
             for r, n, (first, *draft), logprob in zip(pending, lengths, values, logprobs, strict=True):
@@ -284,7 +284,7 @@ class Engine:
         probs = probs.unflatten(0, (B, N + 1))
         new, n_accepted = accept(probs, self.draft_probs[rows], tokens[:, 1:], self._seeds(requests), start_pos + 1)
         known = torch.cat([new, new.new_zeros(B, N)], dim=1)
-        drafts = self._draft(requests, h, known, n_accepted, torch.ones_like(rows).bool(), start_pos, rows)
+        drafts = self._draft(requests, h, known, n_accepted, torch.ones_like(rows).bool(), step)
         values, stopped = self._share(interrupted, n_accepted[:, None], new, drafts)
         logprobs = self._logprobs(requests, logits, new)
         news: list[News] = []
@@ -307,14 +307,13 @@ class Engine:
         known: torch.Tensor,
         last: torch.Tensor,
         ends: torch.Tensor,
-        start_pos: torch.Tensor,
-        rows: torch.Tensor,
+        step: Step,
     ) -> torch.Tensor:
         """
         Draft N tokens a row: [B, N]; their distributions go to draft_probs.
 
-        h [B, S, D]: hidden states of the pass just made, from position start_pos [B] on. known [B, S + N]: the token
-        after each, up to index last [B]; where the row `ends` there, drafts fill in the rest, else it is known too
+        h [B, S, D]: hidden states of the pass just made at `step`. known [B, S + N]: the token after each, up to index
+        last [B]; where the row `ends` there, drafts fill in the rest, else it is known too
         (a chunk amid a prompt). Module k reads h' of module k - 1 with the tokens k + 1 further on; its cache fills
         alongside the model's. Past the last module, its own output stands in for the next position's hidden state.
         """
@@ -322,8 +321,8 @@ class Engine:
         B, S, _ = h.shape
         batch = torch.arange(B, device=self.device)
         drafts = known.new_zeros(B, self.n_drafts)
-        bound = self._kv_len([r.cached for r in requests], S + self.n_drafts)
-        step = self.model.step((B, S), start_pos, rows, bound)
+        start_pos, rows = step.positions[:, 0], step.rows
+        bound = min(step.kv_len + self.n_drafts, self.max_seq_len)
         for k in range(self.n_drafts):
             if k < n_modules:
                 h = self.model.draft(k, h, known[:, k : k + S], step, self.cache)

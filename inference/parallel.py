@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,4 +70,5 @@ def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, to
         return Parallel(expert_parallel=expert_parallel), torch_device
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+    atexit.register(dist.destroy_process_group)  # else gloo's threads now and then abort the process as it ends
     return Parallel(dist.get_rank(), world_size, expert_parallel, control=control), torch_device

@@ -1,0 +1,196 @@
+"""Stop strings, log-probabilities, sampling limits and penalties through the whole engine; jobs that are resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import make_hf
+from engine import Request
+from llm import LLM
+from sampling import SamplingParams, probabilities
+from text import StopStrings
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tiny" / "checkpoint"
+QUESTIONS = [f"What is a {word}?" for word in "kiln violin person furnace dog river song wheel".split()]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["plain", "mtp"])
+def tiny(request) -> LLM:
+    return LLM(TINY, device="cpu", max_batch_size=4, max_seq_len=256, mtp=request.param)
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
+def random_llm(request, tmp_path_factory) -> LLM:
+    folder = make_hf(tmp_path_factory.mktemp("hf") / "model", "v3", "fp32", mtp=2)
+    return LLM(folder, device="cpu", max_batch_size=4, max_seq_len=128, mtp=request.param)
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("hello world", ("o w",), "hell"),
+        ("hello world", ("xyz", "ld"), "hello wor"),
+        ("hello world", ("world", "hello"), ""),
+        ("aaab", ("aab",), "a"),
+        ("hello wor", ("world",), "hello wor"),
+        ("no end", (), "no end"),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(text, stop, expected, size):
+    strings, out = StopStrings(stop), ""
+    for i in range(0, len(text), size):
+        piece = strings.add(text[i : i + size])
+        out += piece
+        assert not any(s in out for s in stop)
+        if strings.found:
+            break
+    assert out + strings.end() == expected
+
+
+def test_stop_strings_end_a_completion_and_what_follows_it(tiny):
+    whole = tiny.generate(QUESTIONS[0], SamplingParams(temperature=0))[0]
+    assert whole.finish_reason == "stop" and " or burning" in whole.text
+    cut = tiny.generate(QUESTIONS, SamplingParams(temperature=0, stop=("zzz", " or burning")))
+    assert cut[0].text == whole.text[: whole.text.index(" or burning")]
+    assert cut[0].finish_reason == "stop" and cut[0].token_ids == whole.token_ids[: len(cut[0].token_ids)]
+    decoded = tiny.tokenizer.decode(cut[0].token_ids)
+    assert " or burning" in decoded and " or burning" not in tiny.tokenizer.decode(cut[0].token_ids[:-1])
+    plain = tiny.generate(QUESTIONS[1:], SamplingParams(temperature=0))
+    assert [c.text for c in cut[1:]] == [c.text for c in plain], "rows that go on are not disturbed"
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models(random_llm):
+    prompts = [[5, 6, 7], list(range(20, 39)), [300]]
+    params = SamplingParams(temperature=1.0, max_tokens=12, logprobs=3, top_k=50)
+    for prompt, done in zip(prompts, random_llm.generate(prompts, params), strict=True):
+        alone = random_llm.logprobs(prompt + done.token_ids)[len(prompt) - 1 :]
+        assert len(done.logprobs) == len(done.token_ids)
+        torch.testing.assert_close([own for own, _ in done.logprobs], alone, atol=1e-4, rtol=0)
+        for token, (own, top) in zip(done.token_ids, done.logprobs, strict=True):
+            assert len(top) == 3 and top == sorted(top, key=lambda pair: -pair[1])
+            assert top[0][1] >= own - 1e-6
+            assert all(value == own for i, value in top if i == token)
+
+
+# --- limits and penalties ---------------------------------------------------------------------------------------------
+
+
+def test_top_k_and_min_p_leave_out_what_they_say():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    for params, expected in (
+        (SamplingParams(temperature=1, top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (SamplingParams(temperature=1, min_p=0.25), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
+        (SamplingParams(temperature=1, top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # of what top_k leaves, 0.83
+        (SamplingParams(temperature=1, top_k=1), [1, 0, 0, 0]),
+        (SamplingParams(temperature=1, top_k=99), [0.5, 0.25, 0.15, 0.1]),
+    ):
+        torch.testing.assert_close(probabilities(logits, [params])[0], torch.tensor(expected, dtype=torch.float32))
+
+
+def test_repetition_penalty_is_for_tokens_already_there():
+    logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
+    seen = torch.tensor([[True, False, True, False]])
+    params = SamplingParams(temperature=1, repetition_penalty=2.0)
+    expected = torch.tensor([1.0, 1.9, -2.0, -1.1]).softmax(0)
+    torch.testing.assert_close(probabilities(logits, [params], seen)[0], expected)
+
+
+def test_repetition_penalty_with_drafts_is_that_of_one_token_at_a_time(random_llm):
+    """Against a loop without cache, drafts or batch. Random models repeat themselves, so the penalty shows."""
+    params = SamplingParams(temperature=0, max_tokens=24, repetition_penalty=1.3)
+    prompts = [[9, 9, 8], list(range(40, 60))]
+    for prompt, done in zip(prompts, random_llm.generate(prompts, params), strict=True):
+        ids = list(prompt)
+        for _ in range(24):
+            with torch.inference_mode():
+                logits = random_llm.model(torch.tensor([ids]))[0]
+                seen = torch.tensor(sorted(set(ids)))
+                logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+            ids.append(int(logits.argmax()))
+        n = len(done.token_ids)
+        assert done.token_ids == ids[len(prompt) :][:n]
+        assert n == 24 or ids[len(prompt) + n] in random_llm.stop_ids
+    unpunished = random_llm.generate([prompts[-1]], SamplingParams(temperature=0, max_tokens=24))[0]
+    assert unpunished.token_ids != done.token_ids
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def job(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "inference/generate.py"), "--ckpt-path", str(TINY), *map(str, arguments)]
+
+
+def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
+    words = [json.loads(line)["word"] for line in (ROOT / "tiny/eval/nouns.jsonl").read_text().splitlines()[:160]]
+    questions, output = tmp_path / "questions.txt", tmp_path / "out.jsonl"
+    questions.write_text("\n".join(f"Tell me about {word}, please." for word in words))
+    arguments = ["--input-file", questions, "--output-file", output, "--max-new-tokens", 30, "--device", "cpu"]
+    arguments += ["--temperature", 0, "--logprobs", 1]
+    process = subprocess.Popen(job(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    partial = Path(f"{output}.incomplete")
+    end = time.monotonic() + 120
+    while not (partial.exists() and len(partial.read_text().splitlines()) >= 20):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume goes on" in errors.splitlines()[-1] and "Traceback" not in errors
+    first = [json.loads(line) for line in output.read_text().splitlines()]
+    assert 20 <= len(first) < 160 and not partial.exists()
+    assert [item["index"] for item in first] == sorted(item["index"] for item in first)
+
+    # What is there is kept, not done again: a mark put into a result survives.
+    first[0]["completion"] = "kept"
+    kept, killed = first[:-3], first[-3:]
+    output.write_text("".join(json.dumps(item) + "\n" for item in kept))
+    torn = '{"index": 3, "pro'  # as kill -9 may leave it
+    partial.write_text("".join(json.dumps(item) + "\n" for item in killed) + torn)
+    done = subprocess.run(job(*arguments, "--resume"), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [item["index"] for item in results] == list(range(160))
+    assert results[first[0]["index"]]["completion"] == "kept"
+    assert all(results[item["index"]] == item for item in first)
+    assert f"Prompt: {first[1]['prompt']}\n" not in done.stdout
+    assert all(len(item["logprobs"]) == item["completion_tokens"] for item in results)
+    assert set(os.listdir(tmp_path)) == {"questions.txt", "out.jsonl"}
+
+
+def test_results_of_other_prompts_are_not_resumed(tmp_path):
+    (tmp_path / "in.txt").write_text("What is a kiln?\n")
+    (tmp_path / "out.jsonl").write_text(json.dumps({"index": 0, "prompt": "What is a dog?", "completion": "x"}) + "\n")
+    arguments = ["--input-file", tmp_path / "in.txt", "--output-file", tmp_path / "out.jsonl", "--resume"]
+    done = subprocess.run(job(*arguments), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "out.jsonl line 1 is no result of this input file" in done.stderr.splitlines()[-1]
+    assert "What is a dog?" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_a_request_can_be_ended_by_its_reader(tiny):
+    params = SamplingParams(temperature=0)
+    requests = [Request(tiny.encode(question), params, i) for i, question in enumerate(QUESTIONS)]
+    for request, _ in tiny.engine.run(requests):
+        if request.index == 2 and len(request.tokens) >= 3:
+            request.finish_reason = "stop"
+    assert len(requests[2].tokens) <= 5
+    assert all(len(request.tokens) > 5 for request in requests if request.index != 2)
+    assert sorted(tiny.engine.free) == [0, 1, 2, 3]
