@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from checkpoints import make_hf, oracle, read_weights, write_weights
 from engine import Engine, Request, Stats
 from errors import InputError
-from llm import LLM
+from llm import LLM, completion
 from sampling import SamplingParams
 from test_sampling import p_value
 from text import StreamDecoder
@@ -171,13 +171,13 @@ def draft_from(llm: LLM, monkeypatch, prompts: list[list[int]], n: int, right) -
     engine = llm.engine
     truth = [p + t for p, t in zip(prompts, tokens(llm, prompts, greedy(n + engine.n_drafts)), strict=True)]
 
-    def draft(requests, h, known, last, ends, start_pos, rows):
+    def draft(requests, h, known, last, ends, step):
         drafts = known.new_zeros(len(requests), engine.n_drafts)
-        for b, at in enumerate((start_pos + last + 2).tolist()):
+        for b, at in enumerate((step.positions[:, 0] + last + 2).tolist()):
             for k in range(engine.n_drafts):
                 token = (truth[requests[b].index] + [0] * LENGTH)[at + k]
                 drafts[b, k] = token if right(at + k) else (token + 1) % VOCAB
-        engine.draft_probs[rows] = torch.nn.functional.one_hot(drafts, VOCAB).float()
+        engine.draft_probs[step.rows] = torch.nn.functional.one_hot(drafts, VOCAB).float()
         return drafts
 
     monkeypatch.setattr(engine, "_draft", draft)
@@ -449,7 +449,7 @@ def test_an_interrupt_ends_what_waits_too(folder):
     assert [r.finish_reason for r in requests] == ["length"] + ["interrupted"] * 5
     assert [bool(r.tokens) for r in requests] == [True] * 3 + [False] * 3
     assert sorted(llm.engine.free) == [0, 1]
-    assert llm.completion(requests[5]).finish_reason == "interrupted"
+    assert completion(requests[5]).finish_reason == "interrupted"
 
 
 def test_chat_and_stream_say_what_generate_says(folder):

@@ -113,6 +113,7 @@ def test_batch_of_text(folder, tmp_path, command):
     expected = llm.generate([llm.encode(p, "be brief") for p in prompts], SamplingParams(0.0, max_tokens=9))
     assert read_results(target) == [
         {
+            "index": index,
             "prompt": prompt,
             "completion": completion.text,
             "prompt_tokens": completion.prompt_tokens,
@@ -120,12 +121,13 @@ def test_batch_of_text(folder, tmp_path, command):
             "token_ids": completion.token_ids,
             "finish_reason": "length",
         }
-        for prompt, completion in zip(prompts, expected, strict=True)
+        for index, (prompt, completion) in enumerate(zip(prompts, expected, strict=True))
     ]
     assert [line for line in out.split("\n") if line.startswith("Prompt: ")] == [f"Prompt: {p}" for p in prompts]
     assert all(f"Completion: {completion.text}\n" in out for completion in expected)
     tokens = sum(completion.prompt_tokens for completion in expected)
-    status = rf"\[{tokens} \+ 36 tokens, [\d.]+ s, [\d.]+ tokens/s, [\d.]+ tokens a step, drafts accepted \d+%\]\n"
+    status = rf"\[{tokens} \+ 36 tokens, [\d.]+ s, first after [\d.]+ s, [\d.]+ tokens/s, "
+    status += r"[\d.]+ tokens a step, drafts accepted \d+%\]\n"
     assert re.search(status + r"\Z", err)
     assert not (tmp_path / "out.jsonl.incomplete").exists()
 
@@ -214,7 +216,7 @@ def test_chat_by_pipe(folder, command):
     expected = answers(folder, ["one two", "three"], ["one two"], system="be brief")
     assert code == 0 and out == "".join(text + "\n" for text in expected)
     notes = [re.sub(r"[\d.]+( \+| s| tokens/s| tokens a step|%)", r"#\1", line) for line in err.splitlines()]
-    answer = "[# + 12 tokens, # s, # tokens/s, # tokens a step, drafts accepted #%, cut at the limit]"
+    answer = "[# + 12 tokens, # s, first after # s, # tokens/s, # tokens a step, drafts accepted #%, cut at the limit]"
     assert [line for line in notes if line.startswith("[")] == [
         answer,
         answer,
@@ -662,7 +664,7 @@ def test_output_files_are_checked_before_the_work(tmp_path, input_file, command,
     check_refusal(command(*argv), f"--output-file .*{complaint}")
 
 
-def test_a_failed_write_leaves_the_old_results(folder, input_file, tmp_path, command, monkeypatch):
+def test_a_failed_write_leaves_the_old_results_and_the_new_ones(folder, input_file, tmp_path, command, monkeypatch):
     target = tmp_path / "out.jsonl"
     target.write_text("old\n")
 
@@ -674,7 +676,11 @@ def test_a_failed_write_leaves_the_old_results(folder, input_file, tmp_path, com
     code, out, err = command(*argv, "--max-new-tokens", 2)
     assert out.count("Completion: ") == len(PROMPTS), "at least they can be read"
     assert code == 2 and err.splitlines()[-1].startswith(f"error: --output-file {target}: ") and "No space" in err
-    assert os.listdir(tmp_path) == ["out.jsonl"] and target.read_text() == "old\n"
+    assert target.read_text() == "old\n"
+    monkeypatch.undo()
+    target.unlink()
+    command(*argv, "--max-new-tokens", 2, "--resume")
+    assert len(read_results(target)) == len(PROMPTS)
 
 
 def test_chat_templates(spoiled, input_file, tmp_path, command):
