@@ -23,6 +23,7 @@ from config import read_json
 from errors import InputError, run_command
 from kernel import E4M3, weight_dequant
 from output import copy_other_files, new_folder, write_file
+from parallel import choose_device
 from safetensors_io import SafetensorsWriter, StoredTensor
 
 
@@ -85,20 +86,13 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     write_file(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def pick_device(name: str) -> torch.device:
-    """Raises InputError for cuda where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA GPU is visible; use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cast an FP8 Hugging Face checkpoint to BF16.")
     parser.add_argument("--input-fp8-hf-path", type=Path, required=True, help="folder as downloaded")
     parser.add_argument("--output-bf16-hf-path", type=Path, required=True, help="folder to write: new or empty")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     args = parser.parse_args()
-    cast(args.input_fp8_hf_path, args.output_bf16_hf_path, pick_device(args.device))
+    cast(args.input_fp8_hf_path, args.output_bf16_hf_path, torch.device(choose_device(args.device)))
 
 
 if __name__ == "__main__":

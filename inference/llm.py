@@ -16,7 +16,7 @@ from config import ModelArgs
 from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
 from model import Transformer
-from parallel import Parallel, join_ranks
+from parallel import Parallel, choose_device, join_ranks
 from sampling import SamplingParams
 from text import (
     Message,
@@ -44,13 +44,6 @@ class Completion:
     prompt_tokens: int
     finish_reason: str
     logprobs: list[TokenLogprobs]
-
-
-def choose_device(device: str) -> str:
-    """ "auto" is CUDA where there is one. Raises InputError for CUDA where there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA GPU is visible here; --device cpu works everywhere")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def weights_in_memory(args: ModelArgs, gemm: str, device: torch.device) -> ModelArgs:

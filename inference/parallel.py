@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from errors import InputError
+
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.
 IDLE_TIMEOUT = timedelta(days=365)
 
@@ -57,6 +59,13 @@ class Parallel:
         box = [value]
         dist.broadcast_object_list(box, 0, group=self.control)
         return box[0]
+
+
+def choose_device(device: str) -> str:
+    """ "auto" is CUDA where there is one. Raises InputError for CUDA where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA GPU is visible here; --device cpu works everywhere")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, torch.device]:

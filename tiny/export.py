@@ -18,12 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference"))
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from checkpoint import tensor_specs
 from config import ModelArgs, read_json
 from errors import InputError, run_command
 from kernel import E4M3, weight_quant
+from safetensors_io import SafetensorsWriter
 
 CONFIG = Path(__file__).with_name("config.json")
 # What the tokenizer's ids 0 and 1 are; sampling defaults as the released models have them.
@@ -69,7 +70,11 @@ def main() -> None:
         name.removeprefix("model."): tensor for name, tensor in load_file(state).items() if name.startswith("model.")
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    save_file(released(args, weights), options.out / "model.safetensors", metadata={"format": "pt"})
+    tensors = released(args, weights)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(options.out / "model.safetensors", layout, {}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(options.tokenizer / name, options.out / name)
     (options.out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
