@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     folder = make_hf(tmp_path_factory.mktemp("generate") / "small", "v3", mtp=1, **SMALL)
     vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     state = load_file(folder / "model.safetensors")
-    for token in (1, vocab["Ċ"]):  # end of sequence, newline: a logit of 0, and some other token's is above it
+    for token in (1, vocab["Ċ"], vocab["č"]):  # the end, \n and \r: a logit of 0, and some other token's is above it
         state["lm_head.weight"][token] = 0
     save_file(state, folder / "model.safetensors")
     return folder
@@ -90,9 +90,9 @@ def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def quietly_convert(source: Path, target: Path, mp: int) -> None:
+def quietly_convert(source: Path, target: Path, mp: int, expert_parallel: bool = False) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        convert(source, target, mp)
+        convert(source, target, mp, expert_parallel)
 
 
 # --- batch ------------------------------------------------------------------------------------------------------------
@@ -307,14 +307,15 @@ def test_chat_at_a_terminal(folder, tmp_path, terminal):
         screen.type("lost\x03")
         shown = screen.until(r"interrupted\]\r\n", 10)
         assert "lost" not in shown and "^C" not in shown
-        assert int(re.search(r" \+ (\d+) tokens", shown)[1]) < 1000
+        assert 10 < int(re.search(r" \+ (\d+) tokens", shown)[1]) < 1000
         screen.until("> ")
         assert termios.tcgetattr(slave)[6][termios.VINTR] == b"\0", "under torchrun SIGINT would end the job"
         screen.type("three\r")
         screen.until("three\r\n")
-        screen.until(r"[^\r\n]{30}")  # the next answer is not stopped as well
+        screen.until(r"[^\r\n]{60}")
         screen.type("\x03")
-        screen.until(r"interrupted\]\r\n", 10)
+        shown = screen.until(r"interrupted\]\r\n", 10)
+        assert 10 < int(re.search(r" \+ (\d+) tokens", shown)[1]) < 1000, "the last Ctrl-C should be forgotten"
         screen.until("> ")
         screen.type("not this\x03/bogus\r")  # at the prompt Ctrl-C empties the line
         screen.until(r"\[/bogus is not a command")
@@ -374,24 +375,27 @@ def test_two_ranks_equal_one_process(folder, input_file, tmp_path, alone):
 
 
 def test_two_nodes_equal_one_process(folder, input_file, tmp_path, alone):
-    """Two torchrun agents with a rank each; and the checkpoint converted for two."""
-    quietly_convert(folder, tmp_path / "converted", 2)
+    """Two torchrun agents with a rank each, only the first with a folder for results; and whole experts per rank."""
+    quietly_convert(folder, tmp_path / "converted", 2, expert_parallel=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    target = tmp_path / "nodes.jsonl"
+    target = Path("results/out.jsonl")
+    (tmp_path / "0" / target.parent).mkdir(parents=True)
+    (tmp_path / "1").mkdir()
     agents = []
     for rank in range(2):
         nodes = "--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"
         argv = torchrun(SCRIPT, *batch_argv(tmp_path / "converted", input_file, target), ranks=1, nodes=nodes)
-        agents.append(subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        agents.append(subprocess.Popen(argv, env=environment(), cwd=tmp_path / str(rank), **streams))
     try:
         outputs = [agent.communicate(timeout=200)[0].decode() for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert target.read_text() == alone
+    assert (tmp_path / "0" / target).read_text() == alone
     assert "Completion: " in outputs[0] and "Completion: " not in outputs[1]
 
 
