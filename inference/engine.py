@@ -313,9 +313,9 @@ class Engine:
         Draft N tokens a row: [B, N]; their distributions go to draft_probs.
 
         h [B, S, D]: hidden states of the pass just made at `step`. known [B, S + N]: the token after each, up to index
-        last [B]; where the row `ends` there, drafts fill in the rest, else it is known too
-        (a chunk amid a prompt). Module k reads h' of module k - 1 with the tokens k + 1 further on; its cache fills
-        alongside the model's. Past the last module, its own output stands in for the next position's hidden state.
+        last [B]; where the row `ends` [B] there, drafts fill in the rest, else it is known too (a chunk amid a prompt).
+        Module k reads h' of module k - 1 with the tokens k + 1 further on; its cache fills alongside the model's. Past
+        the last module, its own output stands in for the next position's hidden state.
         """
         n_modules = len(self.model.mtp)
         B, S, _ = h.shape
