@@ -111,8 +111,9 @@ class Results:
                     self._read(source, prompts)
 
     def _read(self, path: Path, prompts: list[Item]) -> None:
-        if path == self.partial and not (text := read_text(path)).endswith("\n"):
-            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # the job was killed amid a line
+        if path == self.partial:  # a killed job leaves its last line torn, maybe amid a character
+            lines = path.read_bytes()
+            path.write_bytes(lines[: lines.rfind(b"\n") + 1])
         for number, item in read_lines(path):
             index = item.get("index")
             if (

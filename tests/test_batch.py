@@ -162,8 +162,8 @@ def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
     first[0]["completion"] = "kept"
     kept, killed = first[:-3], first[-3:]
     output.write_text("".join(json.dumps(item) + "\n" for item in kept))
-    torn = '{"index": 3, "pro'  # as kill -9 may leave it
-    partial.write_text("".join(json.dumps(item) + "\n" for item in killed) + torn)
+    torn = '{"index": 3, "prompt": "ä'.encode()[:-1]  # as kill -9 may leave it
+    partial.write_bytes("".join(json.dumps(item) + "\n" for item in killed).encode() + torn)
     done = subprocess.run(job(*arguments, "--resume"), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in output.read_text().splitlines()]
