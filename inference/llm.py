@@ -17,6 +17,7 @@ from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
 from model import Transformer
 from parallel import Parallel, choose_device, join_ranks
+from plan import DEFAULT_MAX_SEQ_LEN, PREFILL_CHUNK, memory
 from sampling import SamplingParams
 from text import (
     Message,
@@ -28,8 +29,6 @@ from text import (
     load_tokenizer,
     stop_ids,
 )
-
-DEFAULT_MAX_SEQ_LEN = 16384  # where neither the user nor the prompts say; at 70 KB a token V3's cache is 1.1 GB a row
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,6 @@ def weights_in_memory(args: ModelArgs, gemm: str, device: torch.device) -> Model
     return args
 
 
-def workspace_bytes(args: ModelArgs, world_size: int, max_batch_size: int, max_seq_len: int, chunk: int) -> int:
-    """
-    Activations of the largest prefill pass: some 8 vectors of `dim` and 2 of an expert's width for each of `chunk`
-    tokens, expanded keys and values of every cached token, and the logits.
-    """
-    heads = args.n_heads // world_size
-    tokens = chunk * (16 * args.dim + 4 * args.n_activated_experts * args.moe_inter_dim)
-    keys = 2 * max_batch_size * max_seq_len * heads * (args.qk_head_dim + args.v_head_dim) * 2
-    return tokens + min(keys, 8 * 2**30) + 12 * max_batch_size * args.vocab_size
-
-
 class LLM:
     """
     `path`: a Hugging Face folder or convert.py's output. `config`: our JSON or HF's, by default the folder's.
@@ -94,7 +82,7 @@ class LLM:
         max_batch_size: int | None = None,
         max_seq_len: int | None = None,
         mtp: int | None = None,
-        prefill_chunk: int = 4096,
+        prefill_chunk: int = PREFILL_CHUNK,
         keep_prefix: bool = False,
         verbose: bool = False,
     ):
@@ -118,18 +106,23 @@ class LLM:
         self.parallel: Parallel = parallel
         # Modules that will not draft are not loaded.
         in_memory = replace(weights_in_memory(args, gemm, torch_device), n_mtp_layers=min(args.n_mtp_layers, n_drafts))
+        needs = memory(
+            in_memory,
+            parallel.world_size,
+            parallel.expert_parallel,
+            max_batch_size=max_batch_size,
+            max_seq_len=self.max_seq_len,
+            chunk=prefill_chunk,
+        )
+        check_memory(needs.weights, needs.cache, needs.workspace, torch_device)
         with torch.device("meta"):
             model = Transformer(in_memory, parallel)
-            cache_bytes = model.new_cache(max_batch_size, self.max_seq_len).nbytes
-        weight_bytes = sum(p.nbytes for p in model.parameters())
-        workspace = workspace_bytes(args, parallel.world_size, max_batch_size, self.max_seq_len, prefill_chunk)
-        check_memory(weight_bytes, cache_bytes, workspace, torch_device)
         if verbose and parallel.rank == 0:
             total = sum(math.prod(spec.shape) for spec in tensor_specs(args).values() if not spec.is_scale)
             print(
                 f"{Path(path).resolve().name}: {total / 1e9:.3g}B parameters stored as {args.dtype}, run as "
                 f"{in_memory.dtype} on {parallel.world_size} x {torch_device.type}; each holds "
-                f"{weight_bytes / 1e9:.3g} GB of weights and {cache_bytes / 1e9:.3g} GB of cache "
+                f"{needs.weights / 1e9:.3g} GB of weights and {needs.cache / 1e9:.3g} GB of cache "
                 f"({max_batch_size} x {self.max_seq_len} tokens)",
                 file=sys.stderr,
             )

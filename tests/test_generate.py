@@ -76,8 +76,9 @@ def command(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """For subprocesses: one thread each, and no trace of a torchrun that runs the tests."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    """For subprocesses: one thread each, no ranks, and output that is buffered unless flushed."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONUNBUFFERED")
+    ours = {name: value for name, value in os.environ.items() if name not in dropped}
     return ours | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | extra
 
 
