@@ -156,14 +156,20 @@ def tensor_specs(args: ModelArgs) -> Mapping[str, TensorSpec]:
     return specs
 
 
+def repeated(args: ModelArgs) -> dict[str, str]:
+    """Hugging Face names of the tensors that an MTP layer's files hold once more -> the tensor that each repeats."""
+    originals = {}
+    for i in range(args.n_layers, args.n_layers + args.n_mtp_layers):
+        originals[f"model.layers.{i}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        originals[f"model.layers.{i}.shared_head.head.weight"] = "lm_head.weight"
+    return originals
+
+
 def skippable(args: ModelArgs) -> dict[str, str]:
     """Hugging Face names that a checkpoint may have and that are not needed -> why."""
     n_layers = args.n_layers + args.n_mtp_layers
     reasons = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": "computed from the config" for i in range(n_layers)}
-    for i in range(args.n_layers, n_layers):
-        reasons[f"model.layers.{i}.embed_tokens.weight"] = "repeats model.embed_tokens.weight"
-        reasons[f"model.layers.{i}.shared_head.head.weight"] = "repeats lm_head.weight"
-    return reasons
+    return reasons | {name: f"repeats {original}" for name, original in repeated(args).items()}
 
 
 # --- splitting --------------------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ for a checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from checkpoint import CONFIG_FILE
+from checkpoint import CONFIG_FILE, INDEX_FILE
 from errors import InputError
 from safetensors_io import INCOMPLETE
 
@@ -76,6 +78,16 @@ def copy_file(file: Path, folder: Path) -> None:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     write_file(folder / file.name, data)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Write the index of a Hugging Face folder: tensor -> file, and the bytes of all tensors together."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX_FILE, index)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -74,6 +74,10 @@ def cast_argv(source: Path, target: Path) -> list:
     return ["--input-fp8-hf-path", source, "--output-bf16-hf-path", target, "--device", "cpu"]
 
 
+def to_hf_argv(source: Path, target: Path) -> list:
+    return ["--to-hf", "--shards-path", source, "--save-path", target]
+
+
 COMMANDS = {"convert": (convert, convert_argv), "cast": (fp8_cast_bf16, cast_argv)}
 both = pytest.mark.parametrize("command", COMMANDS)
 
@@ -122,6 +126,131 @@ def test_a_converted_folder_is_complete(small, tmp_path, run):
     for name in names:
         if not name.endswith(".safetensors"):
             assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+# Everything divides over four ranks in whole blocks of 128.
+WIDE = SMALL | {
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "v_head_dim": 64,
+}
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("mp", [1, 2, 4])
+@pytest.mark.parametrize("kind, dtype, file_bytes", [("v3", "fp8", 300_000), ("v2", "bf16", 5 * 10**9)])
+def test_shards_become_the_folder_they_were_made_from(
+    tmp_path, run, monkeypatch, kind, dtype, file_bytes, mp, expert_parallel
+):
+    source = make_hf(tmp_path / "hf", kind, dtype, mtp=2 if kind == "v3" else 0, shards=2, **WIDE)
+    (source / "LICENSE-MODEL").write_text("the licence")
+    run(convert, *convert_argv(source, tmp_path / "shards", mp), *["--expert-parallel"] * expert_parallel)
+    monkeypatch.setattr(convert, "MAX_FILE_BYTES", file_bytes)
+    target = tmp_path / "back"
+    code, out, err = run(convert, *to_hf_argv(tmp_path / "shards", target))
+    stored, back = read_weights(source), read_weights(target)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{target}: {len(stored)} tensors of {mp} ranks in ") and out.endswith("GB/s\n")
+    assert back.keys() == stored.keys()
+    assert all(same_bits(back[name], stored[name]) for name in stored)
+    Checkpoint(target).check()
+
+    files = sorted(target.glob("*.safetensors"))
+    if kind == "v2":
+        assert [file.name for file in files] == ["model.safetensors"] and not (target / INDEX_FILE).exists()
+    else:
+        names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+        assert len(files) > 3 and [file.name for file in files] == names
+        for file in files:
+            sizes = [tensor.nbytes for tensor in load_file(file).values()]
+            assert sum(sizes) <= file_bytes or len(sizes) == 1
+        total_size = json.loads((target / INDEX_FILE).read_text())["metadata"]["total_size"]
+        assert total_size == sum(tensor.nbytes for tensor in stored.values())
+    others = [file.name for file in source.iterdir() if file.suffix != ".safetensors" and file.name != INDEX_FILE]
+    assert "config.json" in others and "LICENSE-MODEL" in others
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in others)
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_way_back_of_v2_lite_in_fp32_leaves_out_what_is_computed(tmp_path, run):
+    source = make_hf(tmp_path / "hf", "v2lite", "fp32", shards=2, **WIDE | {"q_lora_rank": None})
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(source, lambda t: t.update({frequencies: torch.ones(32)}))
+    run(convert, *convert_argv(source, tmp_path / "shards"))
+    assert run(convert, *to_hf_argv(tmp_path / "shards", tmp_path / "back"))[0] == 0
+    stored, back = read_weights(source), read_weights(tmp_path / "back")
+    assert back.keys() == stored.keys() - {frequencies}
+    assert all(same_bits(back[name], stored[name]) for name in back)
+
+
+def test_the_way_back_refuses_bad_shards_and_leaves_nothing(small, tmp_path, run):
+    one, shards = tmp_path / "one", tmp_path / "shards"
+    run(convert, *convert_argv(small, one, 1))
+    run(convert, *convert_argv(make_hf(tmp_path / "fp32", "v3", "fp32", **SMALL), shards))
+
+    def narrow(folder: Path) -> None:
+        path = folder / "model1-mp2.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        save_file(tensors | {"embed.weight": tensors["embed.weight"].bfloat16()}, path, metadata)
+
+    def three(folder: Path) -> None:
+        for rank in range(2):
+            (folder / f"model{rank}-mp2.safetensors").unlink()
+        for rank in range(3):
+            metadata = {"mp": "3", "rank": str(rank), "experts": "tensor"}
+            save_file({"embed.weight": torch.zeros(1)}, folder / f"model{rank}-mp3.safetensors", metadata)
+
+    for change, message in (
+        (lambda f: (f / "config.json").unlink(), "no config.json: not a checkpoint, or a conversion that was"),
+        (lambda f: (f / "model1-mp2.safetensors").unlink(), "not one complete set of shards: model1-mp2"),
+        (lambda f: shutil.copy(f / "model0-mp2.safetensors", f / "model1-mp2.safetensors"), "or was renamed"),
+        (lambda f: os.truncate(f / "model1-mp2.safetensors", 99_999), "is it cut short"),
+        (narrow, "embed.weight has different types in different ranks' files"),
+        (three, "cannot be split over 3 ranks"),
+    ):
+        source = Path(shutil.copytree(shards, tmp_path / "in"))
+        change(source)
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = run(convert, *to_hf_argv(source, tmp_path / "a" / "out"))
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err, err
+        assert sorted(tmp_path.rglob("*")) == before
+        shutil.rmtree(source)
+
+    for argv, message in (
+        (to_hf_argv(small, tmp_path / "x"), "a Hugging Face folder already"),
+        ([*to_hf_argv(one, tmp_path / "x"), "--model-parallel", 2], "and nothing else"),
+        (["--to-hf", "--save-path", tmp_path / "x"], "--to-hf takes --shards-path"),
+        (["--shards-path", one, "--save-path", tmp_path / "x"], "or --to-hf with --shards-path"),
+        (["--hf-ckpt-path", small, "--save-path", tmp_path / "x"], "--model-parallel are required"),
+        (to_hf_argv(one, one / "out"), "would lie inside the input"),
+    ):
+        code, _, err = run(convert, *argv)
+        assert code == 2 and message in err, err
+        assert not (tmp_path / "x").exists()
+
+
+def test_the_way_back_interrupted_leaves_nothing(small, tmp_path, run, monkeypatch):
+    run(convert, *convert_argv(small, tmp_path / "shards"))
+    read_whole, names = convert.read_whole, []
+
+    def stop(spec, *rest):
+        names.append(spec.name)
+        if len(names) == 60:
+            assert list((tmp_path / "out").glob("*.safetensors"))  # some files are complete by now
+            raise KeyboardInterrupt
+        return read_whole(spec, *rest)
+
+    monkeypatch.setattr(convert, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(convert, "read_whole", stop)
+    assert run(convert, *to_hf_argv(tmp_path / "shards", tmp_path / "out")) == (130, "", "interrupted\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["shards"]
 
 
 # --- cast -------------------------------------------------------------------------------------------------------------
