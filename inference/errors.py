@@ -24,7 +24,10 @@ def is_first() -> bool:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; the rest is a bug."""
+    """
+    Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; a rank that is gone -> one
+    line, exit 1; the rest is a bug.
+    """
     try:
         main()
     except InputError as error:
@@ -32,6 +35,12 @@ def run_command(main: Callable[[], None]) -> None:
             time.sleep(1)  # most errors occur on every rank: rank 0 tells, and torchrun ends the others meanwhile
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        # What a collective raises when its other end has died: gloo by message, NCCL by type.
+        if "gloo/transport" not in str(error) and type(error).__name__ != "DistBackendError":
+            raise
+        print("error: the connection to another rank is lost: it was killed or failed, see above", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         sys.exit(130)
