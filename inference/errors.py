@@ -42,5 +42,6 @@ def run_command(main: Callable[[], None]) -> None:
         print("error: the connection to another rank is lost: it was killed or failed, see above", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        if is_first():  # every rank is interrupted, and only rank 0 knows what is finished
+            print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         sys.exit(130)
