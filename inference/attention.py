@@ -5,13 +5,43 @@ Dimension letters: B rows of the batch, S query tokens a row, T cached tokens, H
 R qk_rope_head_dim, D_k = qk_nope_head_dim + R, D_v = v_head_dim.
 
 A query at position p sees the keys at positions 0..p of its own row, and that is the only mask there is: a chunk of a
-prompt, one new token and several drafted ones differ only in `positions`.
+prompt, one new token and several drafted ones differ only in `positions`. What the cache holds past a row's last
+position is garbage, NaN even, so the kernels never load it: a weight of zero does not keep NaN out of a sum.
+
+Each operation is three neighbours, as in kernel.py. The kernels are flash attention (arXiv:2205.14135): going through
+the keys tile by tile, each query keeps the largest score so far, m, the total of 2^(score - m), and acc, the values
+summed with these weights; when m grows, total and acc shrink by alpha = 2^(m_old - m_new). The scale has log2(e) in it.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernel import cdiv, on_gpu, pdl_options
+
+LOG2_E = math.log2(math.e)
+CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
+
+
+def padded(n: int) -> int:
+    """The side of a tile that holds n: a power of two, and at least 16 for tl.dot."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def on_hopper(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def cache_write(cache: torch.Tensor, kv: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
@@ -32,6 +62,9 @@ def causal_mask(positions: torch.Tensor, kv_len: int) -> torch.Tensor:
     return torch.arange(kv_len, device=positions.device) <= positions[:, None, :, None]
 
 
+# --- prefill: keys and values of each head ----------------------------------------------------------------------------
+
+
 def prefill_attention_ref(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -41,15 +74,131 @@ def prefill_attention_ref(
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
+@triton.jit
+def prefill_tiles(
+    m, total, acc, q, q_rest, position, k_ptr, v_ptr, k_t, v_t, begin, end, scale, D_K: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The keys begin..end go into m, total and acc. Without MASKED they are whole tiles that every query sees."""
+    tile, d, rest, d_v = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_REST), tl.arange(0, BLOCK_V)
+    k_ptrs = k_ptr + tl.cast(begin, tl.int64) * k_t + (tile * k_t)[:, None]
+    v_ptrs = v_ptr + tl.cast(begin, tl.int64) * v_t + (tile * v_t)[:, None]
+    for start in range(begin, end, BLOCK_T):
+        t = start + tile
+        there = (t < end if MASKED else t >= 0)[:, None]
+        k = tl.load(k_ptrs + d[None, :], mask=there & (d < D_K)[None, :], other=0.0)
+        s = tl.dot(q, k.T, input_precision="ieee")
+        if D_K > BLOCK_K:
+            k = tl.load(k_ptrs + BLOCK_K + rest[None, :], mask=there & (rest < D_K - BLOCK_K)[None, :], other=0.0)
+            s = tl.dot(q_rest, k.T, s, input_precision="ieee")
+        if MASKED:
+            s = tl.where(t[None, :] <= position[:, None], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        total = total * alpha + tl.sum(p, 1)
+        m = m_new
+        v = tl.load(v_ptrs + d_v[None, :], mask=there & (d_v < D_V)[None, :], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        k_ptrs += BLOCK_T * k_t
+        v_ptrs += BLOCK_T * v_t
+    return m, total, acc
+
+
+@triton.jit
+def prefill_attention_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, out_ptr, S, T, H, scale, q_b, q_s, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    D_K: tl.constexpr, D_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """
+    One program: BLOCK_M queries of one head. Bound by the tensor cores: 2 * (D_k + D_v) operations a query and key.
+
+    A tile's side is a power of two, so D_k is taken in two parts, of BLOCK_K and what remains: 192 = 128 + 64.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+
+    # Keys 0..whole are seen by all queries of the tile, whole..end by some.
+    first = tl.load(positions_ptr + b * S).to(tl.int32) + tile * BLOCK_M
+    whole = tl.minimum(first + 1, T) // BLOCK_T * BLOCK_T
+    end = tl.minimum(first + tl.minimum(BLOCK_M, S - tile * BLOCK_M), T)
+    position = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)
+
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    d, rest, d_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_REST), tl.arange(0, BLOCK_V)
+    q_ptrs, inside = q_ptr + (i * q_s)[:, None], (i < S)[:, None]
+    q = tl.load(q_ptrs + d[None, :], mask=inside & (d < D_K)[None, :], other=0.0)
+    q_rest = tl.load(q_ptrs + BLOCK_K + rest[None, :], mask=inside & (rest < D_K - BLOCK_K)[None, :], other=0.0)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    m, total, acc = prefill_tiles(
+        m, total, acc, q, q_rest, position, k_ptr, v_ptr, k_t, v_t, 0, whole, scale,
+        D_K, D_V, BLOCK_K, BLOCK_REST, BLOCK_V, BLOCK_T, False,
+    )  # fmt: skip
+    m, total, acc = prefill_tiles(
+        m, total, acc, q, q_rest, position, k_ptr, v_ptr, k_t, v_t, whole, end, scale,
+        D_K, D_V, BLOCK_K, BLOCK_REST, BLOCK_V, BLOCK_T, True,
+    )  # fmt: skip
+    out_ptrs = out_ptr + ((b * S + i) * H + h)[:, None] * D_V + d_v[None, :]
+    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside & (d_v < D_V)[None, :])
+
+
+class PrefillConfig(NamedTuple):
+    """block_m queries a program, tiles of block_t keys."""
+
+    block_m: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(dtype: torch.dtype, hopper: bool) -> PrefillConfig:
+    """How to run prefill_attention_kernel."""
+    if dtype == torch.float32:
+        return PrefillConfig(16, 32, num_warps=4, num_stages=2)
+    if not hopper:  # as little as 99 KiB of shared memory
+        return PrefillConfig(64, 32, num_warps=4, num_stages=2)
+    return PrefillConfig(128, 64, num_warps=8, num_stages=3)
+
+
+def launch_prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float, config: PrefillConfig
+) -> torch.Tensor:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    (B, S, H, D_k), (T, D_v) = q.shape, (k.shape[1], v.shape[-1])
+    block_k = max(16, 1 << D_k.bit_length() - 1)  # the largest power of two within D_k
+    out = q.new_empty(B, S, H, D_v)
+    prefill_attention_kernel[(cdiv(S, config.block_m), H, B)](
+        q, k, v, positions.contiguous(), out, S, T, H, scale * LOG2_E, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], D_k, D_v, block_k, padded(max(D_k - block_k, 1)), padded(D_v), config.block_m, config.block_t,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
 def prefill_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """See prefill_attention_ref."""
-    if not q.is_cuda:
+    """
+    See prefill_attention_ref. T is more than each row's last position: where T == S, all rows start at position 0.
+    """
+    if not on_gpu(q):
         return prefill_attention_ref(q, k, v, positions, scale)
-    mask = causal_mask(positions, k.shape[1])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    # cuDNN's causal mask is for queries that start where the keys do.
+    heads = q.shape[-1], v.shape[-1]
+    if q.shape[1] == k.shape[1] and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and on_hopper(q):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    return launch_prefill(q, k, v, positions, scale, prefill_config(q.dtype, on_hopper(q)))
+
+
+# --- decode: inside the latent space ----------------------------------------------------------------------------------
 
 
 def latent_attention_ref(
@@ -65,4 +214,196 @@ def latent_attention_ref(
     return torch.einsum("bhst,btc->bshc", scores.softmax(-1), kv[..., :C]).to(q.dtype)
 
 
-latent_attention = latent_attention_ref
+@triton.jit
+def latent_tile(ptr, stride, t, columns, n_columns: tl.constexpr):
+    """[t, columns] of the cache, zero before its start."""
+    mask = (t >= 0)[:, None] & (columns < n_columns)[None, :]
+    return tl.load(ptr + (t * stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def latent_attention_kernel(
+    q_ptr, cache_ptr, c_desc, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, H, length, scale,
+    q_b, q_s, q_h, cache_row, cache_t, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SWAP: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """
+    One program: BLOCK_M of a row's S * H queries (token and head), over one of the equal splits of the keys they see.
+
+    With MERGE it leaves its split's result in fp32 with lse = m + log2(total), to be merged; else there is one split.
+    Up to about 64 queries a key, bound by reading the cache, 2 (C + R) bytes a key; beyond, by the tensor cores,
+    2 (2 C + R) operations a query and key. SWAP makes the keys the rows of both products: those come in 64s on the
+    tensor cores, and decoding has fewer queries.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    T_AXIS: tl.constexpr = 0 if SWAP else 1
+    split, splits, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
+    row = tl.load(rows_ptr + b)
+    position = tl.load(positions_ptr + b * S + i // H, mask=i < S * H, other=0)
+    position = tl.minimum(position, length - 1).to(tl.int32)
+    # Tiles count back from the last key that is seen: none reaches past it, and before a row's start zeros are loaded.
+    seen = tl.max(position, 0) + 1
+    tiles = tl.cdiv(seen, BLOCK_T)
+    first, end = tiles * split // splits, tiles * (split + 1) // splits
+
+    q_ptrs = q_ptr + b.to(tl.int64) * q_b + (i // H * q_s + i % H * q_h)[:, None]
+    q_c = tl.load(q_ptrs + c[None, :], mask=(i < S * H)[:, None] & (c < C)[None, :], other=0.0)
+    q_r = tl.load(q_ptrs + C + r[None, :], mask=(i < S * H)[:, None] & (r < R)[None, :], other=0.0)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((C_PAD, BLOCK_M) if SWAP else (BLOCK_M, C_PAD), tl.float32)
+    cache_ptr += row.to(tl.int64) * cache_row
+    if c_desc is not None:
+        kv_r = latent_tile(cache_ptr + C, cache_t, seen - (first + 1) * BLOCK_T + tl.arange(0, BLOCK_T), r, R)
+    for tile in range(first, end):
+        start = seen - (tile + 1) * BLOCK_T
+        t = start + tl.arange(0, BLOCK_T)
+        if c_desc is None:
+            kv_c = latent_tile(cache_ptr, cache_t, t, c, C)
+            kv_r = latent_tile(cache_ptr + C, cache_t, t, r, R)
+        else:
+            kv_c = c_desc.load([row.to(tl.int32), start, 0]).reshape(BLOCK_T, C_PAD)
+        s = tl.dot(kv_c, q_c.T, input_precision="ieee") if SWAP else tl.dot(q_c, kv_c.T, input_precision="ieee")
+        s = tl.dot(kv_r, q_r.T, s, input_precision="ieee") if SWAP else tl.dot(q_r, kv_r.T, s, input_precision="ieee")
+        if c_desc is not None:  # the next tile's, on their way while this one is finished
+            kv_r = latent_tile(cache_ptr + C, cache_t, t - BLOCK_T, r, R)
+        t = tl.expand_dims(t, 1 - T_AXIS)
+        s = tl.where((t >= 0) & (t <= tl.expand_dims(position, T_AXIS)), s * scale, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, T_AXIS))
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a query may see no key of a tile
+        p = tl.exp2(s - tl.expand_dims(m_finite, T_AXIS))
+        alpha = tl.exp2(m - m_finite)
+        total = total * alpha + tl.sum(p, T_AXIS)
+        m = m_new
+        acc *= tl.expand_dims(alpha, T_AXIS)
+        if SWAP:
+            acc = tl.dot(kv_c.T, p.to(kv_c.dtype), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(kv_c.dtype), kv_c, acc, input_precision="ieee")
+
+    at = (b * splits + split).to(tl.int64) * S * H + i
+    acc /= tl.expand_dims(tl.where(total == 0, 1.0, total), T_AXIS)
+    out_ptrs = out_ptr + tl.expand_dims(at * C, T_AXIS) + tl.expand_dims(c, 1 - T_AXIS)
+    inside = tl.expand_dims((i < S * H) & (first < end), T_AXIS) & tl.expand_dims(c < C, 1 - T_AXIS)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if MERGE:
+        tl.store(lse_ptr + at, tl.where(total == 0, float("-inf"), m + tl.log2(total)), mask=i < S * H)
+
+
+@triton.jit
+def merge_kernel(
+    parts_ptr, lse_ptr, out_ptr, splits, queries, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """
+    parts [B, splits, queries, C], lse [B, splits, queries] -> out [B, queries, C]: the parts' mean with weights 2^lse.
+
+    One program: BLOCK_C channels of one query. Splits without keys have lse = -inf, and their part is not read.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b, i = tl.program_id(0) // queries, tl.program_id(0) % queries
+    c, split = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, SPLITS)
+    at = (b * splits + split).to(tl.int64) * queries + i
+    lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    mask = (lse > float("-inf"))[:, None] & (c < C)[None, :]
+    parts = tl.load(parts_ptr + at[:, None] * C + c[None, :], mask=mask, other=0.0)
+    out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
+
+
+class LatentConfig(NamedTuple):
+    """
+    block_m queries a program, tiles of block_t keys. tma: let the copy engine fetch them. per_sm: programs that fit one
+    multiprocessor, by their shared memory.
+    """
+
+    block_m: int
+    block_t: int
+    swap: bool
+    tma: bool
+    per_sm: int
+    num_warps: int
+    num_stages: int
+
+
+def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool) -> LatentConfig:
+    """How to run latent_attention_kernel for B rows of `queries` = S * H."""
+    if dtype == torch.float32:
+        return LatentConfig(16, 16, swap=False, tma=False, per_sm=1, num_warps=8, num_stages=1)
+    if not hopper:  # as little as 99 KiB of shared memory
+        return LatentConfig(16, 32, swap=False, tma=False, per_sm=1, num_warps=4, num_stages=2)
+    if queries <= 16:
+        return LatentConfig(16, 64, swap=False, tma=False, per_sm=1, num_warps=8, num_stages=3)
+    if B * cdiv(queries, 32) <= 66:
+        return LatentConfig(32, 64, swap=True, tma=False, per_sm=1, num_warps=4, num_stages=2)
+    return LatentConfig(64, 64, swap=False, tma=False, per_sm=1, num_warps=8, num_stages=2)
+
+
+@functools.lru_cache(4096)
+def latent_splits(blocks: int, tiles: int, slots: int) -> int:
+    """
+    Into how many splits to cut the keys when each is worked on by `blocks` programs, of which `slots` run at a time.
+
+    The time is that of the waves of programs, each 1 / n long for n splits, and about n / 64 more to merge. `tiles`
+    bounds n; how long the rows really are is known on the device only.
+    """
+    return min(range(1, min(tiles, 128) + 1), key=lambda n: cdiv(blocks * n, slots) / n * (1 + n / 64))
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tma_can_read(cache: torch.Tensor, C: int) -> bool:
+    """Whether a tensor descriptor can address tiles of the cache's latents."""
+    aligned = cache.data_ptr() % 16 == 0 and all(n * cache.element_size() % 16 == 0 for n in cache.stride()[:2])
+    return aligned and padded(C) == C
+
+
+def launch_latent(
+    q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, scale: float, C: int,
+    config: LatentConfig, splits: int,
+) -> torch.Tensor:  # fmt: skip
+    (B, S, H, _), R = q.shape, cache.shape[-1] - C
+    pdl = pdl_options(q.device)
+    blocks = {"C_PAD": padded(C), "R_PAD": padded(R), "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
+    c_desc = None
+    if config.tma and tma_can_read(cache, C):
+        c_desc = TensorDescriptor(cache, list(cache.shape), list(cache.stride()), [1, config.block_t, C])
+    out = q.new_empty(B, S, H, C)
+    parts = out if splits == 1 else q.new_empty(B, splits, S * H, C, dtype=torch.float32)
+    lse = None if splits == 1 else q.new_empty(B, splits, S * H, dtype=torch.float32)
+    latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
+        q, cache, c_desc, rows, positions.contiguous(), parts, lse, S, H, cache.shape[1], scale * LOG2_E,
+        *q.stride()[:3], *cache.stride()[:2], C, R, **blocks, SWAP=config.swap, MERGE=splits > 1,
+        num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
+    )  # fmt: skip
+    if splits > 1:
+        n = triton.next_power_of_2(splits)
+        block_c = min(padded(C), max(32, 4096 // n))
+        grid = B * S * H, cdiv(C, block_c)
+        merge_kernel[grid](parts, lse, out, splits, S * H, C, n, block_c, num_warps=4, **pdl)
+    return out
+
+
+def latent_attention(
+    q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, kv_len: int, scale: float, C: int
+) -> torch.Tensor:
+    """
+    See latent_attention_ref. Work follows `positions`, read on the device; kv_len only decides how finely it is split.
+    """
+    if not on_gpu(q):
+        return latent_attention_ref(q, cache, rows, positions, kv_len, scale, C)
+    B, S, H, _ = q.shape
+    config = latent_config(B, S * H, q.dtype, on_hopper(q))
+    tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
+    splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, config.per_sm * multiprocessors(q.device))
+    return launch_latent(q, cache, rows, positions, scale, C, config, splits)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from tqdm import tqdm
 from config import BLOCK_SIZE, ModelArgs, read_json
 from errors import InputError, problems
 from kernel import E4M3, cdiv, weight_dequant
+from loading import Piece, Slices, load, pieces_of
 from parallel import Parallel
 from safetensors_io import DTYPE_NAMES, SafetensorsFile, StoredTensor
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+JOURNAL = "conversion.incomplete"  # what a converter has done so far of a folder that it has not finished
 SHARD_FILE = re.compile(r"model(\d{1,4})-mp(\d{1,4})\.safetensors")
 # What an index may name: a file that cannot lead out of the folder.
 PLAIN_FILE = re.compile(r"[\w.+=@ -]{1,200}\.safetensors", re.ASCII)
@@ -244,6 +247,11 @@ class Checkpoint:
             raise InputError(f"{self.path}: not a folder that can be read: {error.strerror}") from None
         if not names:
             raise InputError(f"{self.path}: the folder is empty")
+        if JOURNAL in names:
+            raise InputError(
+                f"{self.path}: not a complete checkpoint: its conversion was interrupted or is still running; the same "
+                "command as before goes on with it"
+            )
         if config is None and CONFIG_FILE not in names:
             raise InputError(f"{self.path}: no {CONFIG_FILE}: not a checkpoint, or a conversion that was interrupted")
         self.args = ModelArgs.load(self.path / CONFIG_FILE if config is None else config)
@@ -319,9 +327,8 @@ class Checkpoint:
         Raises InputError when the file ends too early or a scale is negative, NaN or infinite.
         """
         tensor = self.tensors[name].file.read(name, slices)
-        if name.endswith((".scale", "_scale_inv")) and not bool(((tensor >= 0) & tensor.isfinite()).all()):
-            file = self.tensors[name].file.path
-            raise InputError(f"{file}: {name} has a scale that is negative, NaN or infinite")
+        if name.endswith((".scale", "_scale_inv")):
+            check_scale(self.tensors[name].file.path, name, tensor)
         return tensor
 
     def check(self, world_size: int = 1, rank: int = 0, expert_parallel: bool = False) -> None:
@@ -383,6 +390,11 @@ class Checkpoint:
                 yield f"{name[:200]!r} is not a tensor of this model"
 
 
+def check_scale(path: Path, name: str, scale: torch.Tensor) -> None:
+    if not bool(((scale >= 0) & scale.isfinite()).all()):
+        raise InputError(f"{path}: {name} has a scale that is negative, NaN or infinite")
+
+
 # --- filling a model --------------------------------------------------------------------------------------------------
 
 
@@ -391,50 +403,59 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, parallel: Parallel, pro
     """
     Fill every parameter of `model` (a Transformer, allocated, not initialised) with this rank's slices.
 
-    Parameters have the specs' names, but experts are stacked: `experts.7.w1.weight` is row 7 of `experts.w1.weight`,
-    counted from the rank's first expert. A weight stored in FP8 whose parameter is not is dequantised on its device;
-    otherwise types may be widened. A model without MTP modules leaves those of the checkpoint unread.
+    A weight stored in FP8 whose parameter is not is dequantised on its device; otherwise types may be widened. A model
+    without MTP modules leaves those of the checkpoint unread. Several threads read, in the order of the files.
 
     Raises InputError when the checkpoint does not fit (see Checkpoint.check) or a parameter is narrower than stored.
     """
     split = parallel.world_size, parallel.rank, parallel.expert_parallel
     checkpoint.check(*split)
     specs = tensor_specs(checkpoint.args)
-    parameters = dict(model.named_parameters())
-    filled = dict.fromkeys(parameters, 0)
+    targets = {name: target.detach() for name, target in model.weights().items()}
+    filled = {target.untyped_storage().data_ptr() for target in targets.values()}
+    unfilled = [name for name, whole in model.named_parameters() if whole.untyped_storage().data_ptr() not in filled]
+    assert not unfilled and targets.keys() <= specs.keys(), f"{unfilled[:10]=} {list(targets.keys() - specs.keys())=}"
 
     def stored(spec: TensorSpec) -> StoredTensor:
         return checkpoint.tensors[checkpoint.stored_name(spec)]
 
-    def read(spec: TensorSpec) -> torch.Tensor:
+    def cut(spec: TensorSpec) -> Slices:
         slices = shard(spec, *split) if checkpoint.kind == "hf" else None
-        return checkpoint.read(checkpoint.stored_name(spec), slices)
+        return slices or tuple(slice(0, size) for size in stored(spec).shape)
 
-    mine = {}
-    for spec in specs.values():
-        shape = shard_shape(spec, *split)
-        name = spec.name.replace(f".experts.{spec.expert}.", ".experts.")
-        if shape is not None and name in parameters:
-            mine[spec] = name, math.prod(shape) * stored(spec).dtype.itemsize
-    order = sorted(mine, key=lambda spec: stored(spec).position)
-    total = sum(size for _, size in mine.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or parallel.rank > 0) as bar:
-        for spec in order:
-            name, size = mine[spec]
-            parameter = parameters[name]
-            if spec.expert is not None:
-                first = parallel.rank * parameter.shape[0] if parallel.expert_parallel else 0
-                parameter = parameter[spec.expert - first]
-            value = read(spec)
-            if value.dtype == E4M3 != parameter.dtype:
-                scale = read(specs[spec.scale_name])
-                value = weight_dequant(value.to(parameter.device), scale.to(parameter.device), parameter.dtype)
-            elif value.dtype != parameter.dtype and parameter.dtype != torch.float32:
-                have, keep = DTYPE_NAMES[value.dtype], DTYPE_NAMES[parameter.dtype]
-                raise InputError(f"{checkpoint.path}: {spec.name} is stored as {have}, which {keep} cannot hold")
-            assert value.shape == parameter.shape, f"{spec.name}: {value.shape=} {parameter.shape=}"
-            parameter.copy_(value)
-            filled[name] += value.numel()
-            bar.update(size)
-    unfilled = [name for name, parameter in parameters.items() if filled[name] != parameter.numel()]
-    assert not unfilled, f"not filled: {unfilled[:10]}"
+    one_at_a_time = threading.Lock()
+
+    def convert(spec: TensorSpec) -> int:
+        """
+        A tensor whose type changes on the way, or that does not lie in one piece, read whole: few, unless the model is
+        wider than the checkpoint.
+        """
+        target = targets[spec.name]
+        value = checkpoint.read(checkpoint.stored_name(spec), cut(spec))
+        with one_at_a_time:
+            if value.dtype == E4M3 != target.dtype:
+                scale = specs[spec.scale_name]
+                scale = checkpoint.read(checkpoint.stored_name(scale), cut(scale))
+                value = weight_dequant(value.to(target.device), scale.to(target.device), target.dtype)
+            target.copy_(value.view(target.shape))
+        return target.nbytes
+
+    pieces: list[Piece] = []
+    conversions: list[Callable[[], int]] = []
+    for spec in sorted((specs[name] for name in targets), key=lambda spec: stored(spec).position):
+        target, wanted = targets[spec.name], shard_shape(spec, *split)
+        assert target.numel() == math.prod(wanted), f"{spec.name}: {target.shape=} {wanted=}"
+        have, keep = stored(spec).dtype, target.dtype
+        if have == keep and target.shape == wanted:
+            name = checkpoint.stored_name(spec)
+            pieces += pieces_of(name, stored(spec), cut(spec), target, check_scale if spec.is_scale else None)
+        elif have in (keep, E4M3) or keep == torch.float32:
+            conversions.append(functools.partial(convert, spec))
+        else:
+            names = DTYPE_NAMES[have], DTYPE_NAMES[keep]
+            raise InputError(f"{checkpoint.path}: {spec.name} is stored as {names[0]}, which {names[1]} cannot hold")
+    total = sum(target.nbytes for target in targets.values())
+    hidden = not progress or parallel.rank > 0
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hidden) as bar:
+        for nbytes in load(pieces, conversions):
+            bar.update(nbytes)

@@ -3,26 +3,35 @@ DeepSeek-V3 in the order of its paper (arXiv:2412.19437): MLA (2.1.1), DeepSeekM
 (2.2). V2 and V2-Lite are the same model with other numbers.
 
 Dimension letters: B rows of the batch, S tokens a row in this pass, M = B * S tokens, D dim, H local heads, C
-kv_lora_rank, R qk_rope_head_dim, N qk_nope_head_dim, V v_head_dim, E routed experts, K n_activated_experts.
+kv_lora_rank, R qk_rope_head_dim, N qk_nope_head_dim, V v_head_dim, E routed experts, K n_activated_experts and, where
+they are served alike, the shared ones, P terms whose sum is left to the next norm.
 
-Parameters are allocated here and filled by checkpoint.py; their names are those of the converted shards.
+Parameters are allocated here and filled by checkpoint.py. What reads the same input lies in one matrix and is one
+product: wq_a and wkv_a, w1 and w3; `Transformer.weights` says where each tensor of a checkpoint is.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import cache_write, latent_attention, prefill_attention
+from attention import latent_attention, prefill_attention
 from config import BLOCK_SIZE, ModelArgs
-from kernel import E4M3, cdiv, linear, linear_fp32
+from experts import experts, gated_linear, pair_block
+from fused import absorb_query, add_rms_norm, expand_value, latents, rotate_query
+from kernel import E4M3, Quantised, cdiv, linear, linear_fp32
 from parallel import Parallel
+from routing import Routing, gate_scores, route_and_sort
+
+Activation = torch.Tensor | Quantised  # in front of an FP8 product a norm leaves it quantised too
+Weights = Iterator[tuple[str, torch.Tensor]]  # name within the module -> where it lies
 
 # The published modelling code leaves the norms of the two latents at this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -31,6 +40,10 @@ LATENT_NORM_EPS = 1e-6
 def compute_dtype(args: ModelArgs) -> torch.dtype:
     """The type of activations, and of every weight that is not in FP8."""
     return torch.float32 if args.dtype == "fp32" else torch.bfloat16
+
+
+# Parameters in which several tensors of a checkpoint lie; the modules that hold them tell them apart.
+STACKED = re.compile(r"\.(wqkv_a|w13)\.|\.experts\.w2\.")
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -60,16 +73,21 @@ class ParallelEmbedding(nn.Module):
 class Linear(nn.Module):
     """
     y = x W^T, W [out_features, in_features]: in FP8 with a scale per 128 x 128 block when `args.dtype` is "fp8",
-    unless `quantized` is false. With `experts`, that many weights are stacked in front: [experts, out, in].
+    unless `quantized` is false. With `stack`, weights of this shape are stacked: [*stack, out, in].
     """
 
     def __init__(
-        self, in_features: int, out_features: int, args: ModelArgs, quantized: bool = True, experts: int | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        args: ModelArgs,
+        quantized: bool = True,
+        stack: tuple[int, ...] = (),
     ):
         super().__init__()
-        stack = () if experts is None else (experts,)
         self.scale_fmt = args.scale_fmt
-        if quantized and args.dtype == "fp8":
+        self.fp8 = quantized and args.dtype == "fp8"
+        if self.fp8:
             blocks = cdiv(out_features, BLOCK_SIZE), cdiv(in_features, BLOCK_SIZE)
             self.weight = parameter(*stack, out_features, in_features, dtype=E4M3)
             self.scale = parameter(*stack, *blocks, dtype=torch.float32)
@@ -77,16 +95,13 @@ class Linear(nn.Module):
             self.weight = parameter(*stack, out_features, in_features, dtype=compute_dtype(args))
             self.scale = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> torch.Tensor:
         return linear(x, self.weight, self.scale, self.scale_fmt)
 
-    def unstack(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """Each of the stacked weights as a function of its own."""
-        scales = [None] * self.weight.shape[0] if self.scale is None else self.scale.unbind()
-        return [
-            functools.partial(linear, weight=weight, scale=scale, scale_fmt=self.scale_fmt)
-            for weight, scale in zip(self.weight.unbind(), scales, strict=True)
-        ]
+    def weights(self) -> Weights:
+        yield "weight", self.weight
+        if self.scale is not None:
+            yield "scale", self.scale
 
 
 class ColumnParallelLinear(Linear):
@@ -108,13 +123,21 @@ class RowParallelLinear(Linear):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
 
-    def __init__(self, dim: int, args: ModelArgs, eps: float | None = None):
+    def __init__(self, dim: int, args: ModelArgs, eps: float | None = None, before_fp8: bool = False):
         super().__init__()
         self.eps = args.norm_eps if eps is None else eps
         self.weight = parameter(dim, dtype=compute_dtype(args))
+        self.quantise, self.scale_fmt = before_fp8 and args.dtype == "fp8", args.scale_fmt
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def after(self, x: torch.Tensor, terms: torch.Tensor | None, keep: bool = True) -> tuple[torch.Tensor, Activation]:
+        """
+        x [M, D] and what is to be added to it, [M, D] or [M, P, D] -> the sum, and its norm: where an FP8 product
+        follows, as that takes it and unless `keep` only so.
+        """
+        return add_rms_norm(x, terms, self.weight, self.eps, self.quantise, self.scale_fmt, keep)
 
 
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
@@ -141,19 +164,13 @@ def rotary_frequencies(args: ModelArgs, device: torch.device) -> torch.Tensor:
     return frequency.float().to(device)
 
 
-def apply_rotary(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """x [B, S, heads, R], rotation [B, S, R / 2] complex -> the pairs (x0, x1), (x2, x3), ... turned by its angles."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation[:, :, None]).flatten(-2).to(x.dtype)
-
-
 @dataclass(frozen=True)
 class Step:
     """
     Where the tokens of one forward pass stand: token s of row b is at position start_pos[b] + s of cache row rows[b].
 
-    positions: [B, S]. rotation: [B, S, R / 2], e^(i * angle). rows: [B]. kv_len: a bound, known to the host, on the
-    cached positions that any row sees; it limits work, never results.
+    positions: [B, S]. rotation: [M, R / 2, 2], cos and sin of each rotary pair's angle. rows: [B]. kv_len: a bound,
+    known to the host, on the cached positions that any row sees; it limits work, never results.
     """
 
     positions: torch.Tensor
@@ -182,13 +199,14 @@ class MLA(nn.Module):
         self.qk_nope_head_dim = args.qk_nope_head_dim
         self.qk_rope_head_dim = args.qk_rope_head_dim
         self.v_head_dim = args.v_head_dim
-        if self.q_lora_rank == 0:
-            self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.qk_head_dim, args, parallel)
-        else:
-            self.wq_a = Linear(args.dim, self.q_lora_rank, args)
+        # wq_a (wq, without a query latent) and wkv_a as one: scales are for whole blocks, so wkv_a begins with one.
+        self.q_rows = self.q_lora_rank or self.n_local_heads * args.qk_head_dim
+        unit = BLOCK_SIZE if args.dtype == "fp8" else 1
+        self.kv_at = cdiv(self.q_rows, unit) * unit
+        self.wqkv_a = Linear(args.dim, cdiv(self.kv_at + args.cache_dim, unit) * unit, args)
+        if self.q_lora_rank:
             self.q_norm = RMSNorm(self.q_lora_rank, args, LATENT_NORM_EPS)
             self.wq_b = ColumnParallelLinear(self.q_lora_rank, args.n_heads * args.qk_head_dim, args, parallel)
-        self.wkv_a = Linear(args.dim, args.cache_dim, args)
         self.kv_norm = RMSNorm(self.kv_lora_rank, args, LATENT_NORM_EPS)
         # Never in FP8: decoding multiplies with its two halves, W_UK and W_UV, apart; it is dequantised as it is read.
         heads_out = args.n_heads * (args.qk_nope_head_dim + args.v_head_dim)
@@ -208,40 +226,51 @@ class MLA(nn.Module):
         C, N, V = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
         return seqlen * kv_len * (2 * C - N - V) + seqlen * C * (N + V) < kv_len * C * (N + V)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: torch.Tensor | None, absorb: bool | None = None):
+    def forward(self, x: Activation, step: Step, cache: torch.Tensor | None, absorb: bool | None = None):
         """
-        x [B, S, D], cache [rows, length, C + R] -> [B, S, D]; writes the new tokens' latents into the cache.
+        x [M, D], cache [rows, length, C + R] -> [M, D], this rank's part of the sum; writes the new tokens' latents
+        into the cache.
 
         Without a cache the tokens see each other only. `absorb` forces one of the two equal ways to compute.
         """
-        B, S, _ = x.shape
-        q = self.wq(x) if self.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x)))
-        q = q.view(B, S, self.n_local_heads, -1)
-        q_nope, q_pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_pe = apply_rotary(q_pe, step.rotation)
-        latent, k_pe = self.wkv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        k_pe = apply_rotary(k_pe[:, :, None], step.rotation)[:, :, 0]
-        kv = torch.cat([self.kv_norm(latent), k_pe], dim=-1)
-        if cache is not None:
-            cache_write(cache, kv, step.rows, step.positions)
-            kv_len = min(step.kv_len, cache.shape[1])  # tokens past the cache's end are not in it
-
-        w_uk, w_uv = self.wkv_b.weight.view(self.n_local_heads, -1, self.kv_lora_rank).split(
+        (B, S), C = step.positions.shape, self.kv_lora_rank
+        y = self.wqkv_a(x)
+        q_norm = self.q_norm.weight if self.q_lora_rank else None
+        options = {"kv_at": self.kv_at, "eps": LATENT_NORM_EPS, "quantise": self.wo.fp8, "scale_fmt": self.wo.scale_fmt}
+        q, kv = latents(
+            y, q_norm, self.kv_norm.weight, step.rotation, cache, step.rows, step.positions, keep=False, **options
+        )
+        q = self.wq_b(q) if self.q_lora_rank else y[:, : self.q_rows]
+        q = q.unflatten(1, (self.n_local_heads, -1))
+        w_uk, w_uv = self.wkv_b.weight.view(self.n_local_heads, -1, C).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )
+        kv_len = S if cache is None else min(step.kv_len, cache.shape[1])  # tokens past the cache's end are not in it
         if cache is not None and (self.absorb(S, kv_len) if absorb is None else absorb):
-            q = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe], dim=-1)
-            o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, self.kv_lora_rank)
-            o = torch.einsum("bshc,hvc->bshv", o, w_uv)
+            q = absorb_query(q, w_uk, step.rotation).unflatten(0, (B, S))
+            o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, C)
+            o = expand_value(o.flatten(0, 1), w_uv, self.wo.fp8, self.wo.scale_fmt, keep=False)
         else:
-            kv = kv if cache is None else cache[step.rows, :kv_len]
-            latent, k_pe = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            k_pe = k_pe[:, :, None].expand(-1, -1, self.n_local_heads, -1)
-            k = torch.cat([torch.einsum("btc,hnc->bthn", latent, w_uk), k_pe], dim=-1)
-            v = torch.einsum("btc,hvc->bthv", latent, w_uv)
-            q = torch.cat([q_nope, q_pe], dim=-1)
-            o = prefill_attention(q, k, v, step.positions, self.softmax_scale)
-        return self.parallel.all_reduce(self.wo(o.flatten(2)))
+            q = rotate_query(q.contiguous(), step.rotation).unflatten(0, (B, S))
+            kv = kv.unflatten(0, (B, S)) if cache is None else cache[step.rows, :kv_len]
+            latent, k_pe = kv.split([C, self.qk_rope_head_dim], dim=-1)
+            k, v = (
+                linear(latent.flatten(0, 1), self.wkv_b.weight)
+                .view(B, kv_len, self.n_local_heads, -1)
+                .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+            )
+            k = torch.cat([k, k_pe[:, :, None].expand(-1, -1, self.n_local_heads, -1)], dim=-1)
+            o = prefill_attention(q, k, v, step.positions, self.softmax_scale).flatten(2).flatten(0, 1)
+        return self.wo(o)
+
+    def weights(self) -> Weights:
+        first, rest = self.q_rows, self.kv_at + self.kv_lora_rank + self.qk_rope_head_dim
+        name = "wq_a" if self.q_lora_rank else "wq"
+        yield f"{name}.weight", self.wqkv_a.weight[:first]
+        yield "wkv_a.weight", self.wqkv_a.weight[self.kv_at : rest]
+        if self.wqkv_a.scale is not None:
+            yield f"{name}.scale", self.wqkv_a.scale[: cdiv(first, BLOCK_SIZE)]
+            yield "wkv_a.scale", self.wqkv_a.scale[self.kv_at // BLOCK_SIZE : cdiv(rest, BLOCK_SIZE)]
 
 
 # --- feed-forward: MLP, gate, experts ---------------------------------------------------------------------------------
@@ -252,12 +281,16 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, inter_dim: int, args: ModelArgs, parallel: Parallel):
         super().__init__()
-        self.w1 = ColumnParallelLinear(dim, inter_dim, args, parallel)
+        self.w13 = Linear(dim, inter_dim // parallel.world_size, args, stack=(2,))
         self.w2 = RowParallelLinear(inter_dim, dim, args, parallel)
-        self.w3 = ColumnParallelLinear(dim, inter_dim, args, parallel)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Activation) -> torch.Tensor:
+        return self.w2(gated_linear(x, self.w13.weight, self.w13.scale, self.w13.scale_fmt))
+
+    def weights(self) -> Weights:
+        for kind, both in self.w13.weights():
+            yield f"w1.{kind}", both[0]
+            yield f"w3.{kind}", both[1]
 
 
 class Gate(nn.Module):
@@ -267,104 +300,137 @@ class Gate(nn.Module):
     The choice is on s + bias: a group of experts scores the sum of its two best (without a bias its best), the
     n_limited_groups best groups stay, and the top K of them are chosen. The weights come from s alone, so the bias,
     which balances the load without an auxiliary loss, decides where a token goes and never what it receives.
+
+    `n_shared` experts follow the routed ones, chosen by every token with weight 1.
     """
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, n_shared: int = 0):
         super().__init__()
-        self.args = args
         self.weight = parameter(args.n_routed_experts, args.dim, dtype=torch.float32)
         sigmoid = args.score_func == "sigmoid"
         self.bias = parameter(args.n_routed_experts, dtype=torch.float32) if sigmoid else None
+        self.n_choices = args.n_activated_experts + n_shared
+        self.options = {
+            "score_func": args.score_func,
+            "n_groups": args.n_expert_groups,
+            "n_limited_groups": args.n_limited_groups,
+            "top_k": args.n_activated_experts,
+            "route_scale": args.route_scale,
+            "n_shared": n_shared,
+        }
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [M, D] -> weights [M, K] fp32, indices [M, K]."""
-        args = self.args
-        with torch.autocast(x.device.type, enabled=False):  # fp32 under a trainer's autocast too
-            scores = F.linear(x.float(), self.weight)
-        scores = scores.sigmoid() if args.score_func == "sigmoid" else scores.softmax(-1)
-        choice = scores if self.bias is None else scores + self.bias
-        if args.n_expert_groups > 1:
-            groups = choice.unflatten(-1, (args.n_expert_groups, -1))
-            group_scores = groups.amax(-1) if self.bias is None else groups.topk(2, -1).values.sum(-1)
-            kept = group_scores.topk(args.n_limited_groups, -1).indices
-            dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
-            choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
-        indices = choice.topk(args.n_activated_experts, -1).indices
-        weights = scores.gather(-1, indices)
-        if args.score_func == "sigmoid":
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights * args.route_scale, indices
+    def forward(
+        self, x: torch.Tensor, first: int = 0, n_local: int = 1, block: int = 16
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """
+        x [M, D] -> weights [M, K] fp32, indices [M, K], and the pairs that go to the experts [first, first + n_local),
+        in tiles of `block`.
+        """
+        scores = gate_scores(x, self.weight)
+        return route_and_sort(scores, self.bias, first=first, n_local=n_local, block=block, **self.options)
 
 
 class Experts(nn.Module):
     """
-    The routed experts of a layer, stacked. A rank holds a slice of each, or with `expert_parallel` whole ones: experts
-    [first, first + n_local). Either way the ranks' results add up.
+    The routed experts of a layer, stacked, and behind them `n_shared` shared ones. A rank holds a slice of each, or
+    with `expert_parallel` whole ones: experts [first, first + n_local). Either way the ranks' results add up.
+    """
+
+    def __init__(self, args: ModelArgs, parallel: Parallel, n_shared: int):
+        super().__init__()
+        split = parallel.world_size
+        self.n_routed = args.n_routed_experts // split if parallel.expert_parallel else args.n_routed_experts
+        self.n_local = self.n_routed + n_shared
+        self.n_others = args.n_routed_experts - self.n_routed
+        self.first = parallel.rank * self.n_routed if parallel.expert_parallel else 0
+        inter_dim = args.moe_inter_dim if parallel.expert_parallel else args.moe_inter_dim // split
+        self.w13 = Linear(args.dim, inter_dim, args, stack=(self.n_local, 2))
+        self.w2 = Linear(inter_dim, args.dim, args, stack=(self.n_local,))
+
+    def forward(self, x: Activation, weights: torch.Tensor, routing: Routing, block: int) -> torch.Tensor:
+        """x [M, D], weights [M, K] -> weight * expert(x) for each choice, [M, K, D]."""
+        w13, w2 = (self.w13.weight, self.w13.scale), (self.w2.weight, self.w2.scale)
+        return experts(x, w13, w2, self.w2.scale_fmt, weights, routing, block, everywhere=self.n_others == 0)
+
+    def weights(self) -> Weights:
+        for i in range(self.n_routed):
+            for kind, both in self.w13.weights():
+                yield f"{self.first + i}.w1.{kind}", both[i, 0]
+                yield f"{self.first + i}.w3.{kind}", both[i, 1]
+            for kind, stacked in self.w2.weights():
+                yield f"{self.first + i}.w2.{kind}", stacked[i]
+
+
+class MoE(nn.Module):
+    """
+    DeepSeekMoE (2.1.2): routed experts for the tokens that chose them, and shared experts for all. The shared ones are
+    one wide MLP in a checkpoint; a rank that holds a slice of each expert serves its slice of that like more experts.
     """
 
     def __init__(self, args: ModelArgs, parallel: Parallel):
         super().__init__()
-        split = parallel.world_size
-        self.n_local = args.n_routed_experts // split if parallel.expert_parallel else args.n_routed_experts
-        self.first = parallel.rank * self.n_local if parallel.expert_parallel else 0
-        inter_dim = args.moe_inter_dim if parallel.expert_parallel else args.moe_inter_dim // split
-        self.w1 = Linear(args.dim, inter_dim, args, experts=self.n_local)
-        self.w2 = Linear(inter_dim, args.dim, args, experts=self.n_local)
-        self.w3 = Linear(args.dim, inter_dim, args, experts=self.n_local)
+        n_shared, split = args.n_shared_experts, parallel.world_size
+        whole_blocks = args.dtype != "fp8" or args.moe_inter_dim // split % BLOCK_SIZE == 0
+        alike = (split == 1 or not parallel.expert_parallel) and (n_shared == 1 or whole_blocks)
+        self.n_alike = n_shared if alike else 0
+        self.gate = Gate(args, self.n_alike)
+        self.experts = Experts(args, parallel, self.n_alike)
+        apart = n_shared - self.n_alike
+        self.shared_experts = MLP(args.dim, apart * args.moe_inter_dim, args, parallel) if apart else None
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """x [M, D], weights and indices [M, K] -> sum over the chosen experts of weight * expert(x), [M, D] fp32."""
-        K = indices.shape[1]
-        order = indices.flatten().argsort(stable=True)  # the M * K pairs (token, choice), by expert
-        counts = indices.flatten().bincount(minlength=self.first + self.n_local).tolist()
-        w1, w2, w3 = self.w1.unstack(), self.w2.unstack(), self.w3.unstack()
-        outputs = []
-        for expert, x_i in enumerate(x[order // K].split(counts)):
-            i = expert - self.first
-            if not 0 <= i < self.n_local:
-                outputs.append(torch.zeros_like(x_i))  # another rank's
-            elif x_i.shape[0]:
-                outputs.append(w2[i](F.silu(w1[i](x_i)) * w3[i](x_i)))
-        y = torch.cat(outputs)[order.argsort()].unflatten(0, indices.shape)  # back in the tokens' order: [M, K, D]
-        return (y.float() * weights[..., None]).sum(1)
-
-
-class MoE(nn.Module):
-    """DeepSeekMoE (2.1.2): routed experts for the tokens that chose them, and shared experts, one wide MLP, for all."""
-
-    def __init__(self, args: ModelArgs, parallel: Parallel):
-        super().__init__()
-        self.gate = Gate(args)
-        self.experts = Experts(args, parallel)
-        shared_dim = args.n_shared_experts * args.moe_inter_dim
-        self.shared_experts = MLP(args.dim, shared_dim, args, parallel) if shared_dim else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, S, D] -> [B, S, D], this rank's part of the sum."""
-        flat = x.flatten(0, 1)
-        y = self.experts(flat, *self.gate(flat))
+    def forward(self, x: Activation) -> torch.Tensor:
+        """x [M, D] -> [M, P, D], terms of this rank's part of the sum."""
+        h = x.x if isinstance(x, Quantised) else x
+        experts = self.experts
+        block = pair_block(h.shape[0] * self.gate.n_choices, experts.n_local, experts.w13.fp8, h.device)
+        weights, _, routing = self.gate(h, experts.first, experts.n_local, block)
+        terms = experts(x, weights, routing, block)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(flat).float()
-        return y.to(x.dtype).view_as(x)
+            terms = torch.cat([terms, self.shared_experts(x)[:, None]], dim=1)
+        return terms
+
+    def weights(self) -> Weights:
+        if not self.n_alike:
+            return
+        for kind, both in self.experts.w13.weights():
+            w1, w3 = both[-self.n_alike :].unbind(1)
+            yield f"shared_experts.w1.{kind}", w1.squeeze(0)
+            yield f"shared_experts.w3.{kind}", w3.squeeze(0)
+        for kind, stacked in self.experts.w2.weights():  # [D, n_shared, I]: their columns side by side
+            yield f"shared_experts.w2.{kind}", stacked[-self.n_alike :].transpose(0, 1).squeeze(1)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """x += attn(norm(x)); x += ffn(norm(x)). One sum over the ranks in each half."""
+    """
+    x += attn(norm(x)); x += ffn(norm(x)), with one sum over the ranks in each half. The last addition is left to the
+    norm that follows, which reads x anyway.
+    """
 
     def __init__(self, args: ModelArgs, parallel: Parallel, dense: bool):
         super().__init__()
         self.parallel = parallel
-        self.attn_norm = RMSNorm(args.dim, args)
+        self.attn_norm = RMSNorm(args.dim, args, before_fp8=True)
         self.attn = MLA(args, parallel)
-        self.ffn_norm = RMSNorm(args.dim, args)
+        self.ffn_norm = RMSNorm(args.dim, args, before_fp8=True)
         self.ffn = MLP(args.dim, args.inter_dim, args, parallel) if dense else MoE(args, parallel)
+        self.dense = dense
 
-    def forward(self, x: torch.Tensor, step: Step, cache: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), step, cache)
-        return x + self.parallel.all_reduce(self.ffn(self.ffn_norm(x)))
+    def sum_over_ranks(self, terms: torch.Tensor) -> torch.Tensor:
+        """[M, D] or [M, P, D], of which a single rank needs no sum yet."""
+        if self.parallel.world_size > 1 and terms.dim() == 3:
+            terms = terms.sum(1, dtype=torch.float32).to(terms.dtype)
+        return self.parallel.all_reduce(terms)
+
+    def forward(
+        self, x: torch.Tensor, terms: torch.Tensor | None, step: Step, cache: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [M, D] and what is to be added to it -> the same, after this block."""
+        x, h = self.attn_norm.after(x, terms, keep=False)
+        x, h = self.ffn_norm.after(x, self.sum_over_ranks(self.attn(h, step, cache)), keep=not self.dense)
+        return x, self.sum_over_ranks(self.ffn(h))
 
 
 class MTP(Block):
@@ -383,8 +449,8 @@ class MTP(Block):
 
     def forward(self, h: torch.Tensor, embedded: torch.Tensor, step: Step, cache: torch.Tensor | None) -> torch.Tensor:
         """h [B, S, D] at positions i, embedded [B, S, D] the tokens at i + 1 -> h' [B, S, D]."""
-        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1))
-        return self.shared_head["norm"](super().forward(x, step, cache))
+        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(h)], dim=-1).flatten(0, 1))
+        return self.shared_head["norm"].after(*super().forward(x, None, step, cache))[1].view_as(h)
 
 
 class Transformer(nn.Module):
@@ -399,6 +465,15 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args)
         self.head = ColumnParallelLinear(args.dim, args.vocab_size, args, parallel, quantized=False)
         self.mtp = nn.ModuleList(MTP(args, parallel) for _ in range(args.n_mtp_layers))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Name of each tensor of a checkpoint that this rank has -> the part of a parameter that it goes to."""
+        found = {}
+        for prefix, module in self.named_modules():
+            knows = prefix and hasattr(module, "weights")
+            parts = module.weights() if knows else module.named_parameters(recurse=False)
+            found |= {f"{prefix}.{name}": tensor for name, tensor in parts}
+        return {name: tensor for name, tensor in found.items() if not STACKED.search(name)}
 
     def new_cache(self, max_batch_size: int, max_seq_len: int) -> torch.Tensor:
         """[n_layers + n_mtp_layers, max_batch_size, max_seq_len, C + R], on the model's device."""
@@ -426,16 +501,16 @@ class Transformer(nn.Module):
             kv_len = start_pos + S
         start_pos = torch.as_tensor(start_pos, device=device)
         positions = start_pos.expand(B)[:, None] + torch.arange(S, device=device)
-        angle = positions[..., None] * rotary_frequencies(self.args, device)
+        angle = positions.flatten()[:, None] * rotary_frequencies(self.args, device)
         rows = torch.arange(B, device=device) if rows is None else rows
-        return Step(positions, torch.polar(torch.ones_like(angle), angle), rows, kv_len)
+        return Step(positions, torch.stack([angle.cos(), angle.sin()], dim=-1), rows, kv_len)
 
     def hidden(self, tokens: torch.Tensor, step: Step, cache: torch.Tensor | None = None) -> torch.Tensor:
         """tokens [B, S] -> [B, S, D] after the final norm: what the head and the first MTP module take."""
-        x = self.embed(tokens)
+        x, terms = self.embed(tokens).flatten(0, 1), None
         for i, layer in enumerate(self.layers):
-            x = layer(x, step, None if cache is None else cache[i])
-        return self.norm(x)
+            x, terms = layer(x, terms, step, None if cache is None else cache[i])
+        return self.norm.after(x, terms)[1].unflatten(0, tokens.shape)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] -> [..., vocab_size] in fp32, complete on every rank."""

@@ -41,6 +41,8 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_IO_BYTES = 1 << 30  # Linux moves at most 2 GiB a call
 INCOMPLETE = ".incomplete"  # suffix of a file that is being written
 
+Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> type and shape
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -54,6 +56,14 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, cut: slice | None) -> tuple[tuple[int, ...], int, int]:
+        """Shape, first byte in the file and number of bytes of a run of whole rows; of the tensor for None."""
+        if cut is None or not self.shape:
+            return self.shape, self.offset, self.nbytes
+        first, last, _ = cut.indices(self.shape[0])
+        row_bytes = self.nbytes // max(self.shape[0], 1)
+        return (last - first, *self.shape[1:]), self.offset + first * row_bytes, (last - first) * row_bytes
 
     @property
     def position(self) -> tuple[str, int]:
@@ -142,70 +152,116 @@ class SafetensorsFile:
 
         Only the wanted rows are read. Columns are cut from whole rows: a rank's part of a row is smaller than a page.
         """
-        tensor = self.tensors[name]
-        shape, offset = list(tensor.shape), tensor.offset
-        if slices and shape:
-            first, last, _ = slices[0].indices(shape[0])
-            row_bytes = tensor.nbytes // max(shape[0], 1)
-            offset += first * row_bytes
-            shape[0] = last - first
-        data = torch.empty(math.prod(shape) * tensor.dtype.itemsize, dtype=torch.uint8)
-        self._read_into(memoryview(data.numpy()), offset)
-        rows = data.view(tensor.dtype).view(shape)
+        shape, _, nbytes = self.tensors[name].rows(slices[0] if slices else None)
+        rows = self.read_into(name, slices[0] if slices else None, torch.empty(nbytes, dtype=torch.uint8))
         return rows[(slice(None), *slices[1:])].contiguous() if slices and len(shape) > 1 else rows
+
+    def read_into(self, name: str, cut: slice | None, buffer: torch.Tensor) -> torch.Tensor:
+        """Read a run of whole rows to the beginning of `buffer`, bytes on the CPU; that part of it, as those rows."""
+        tensor = self.tensors[name]
+        shape, offset, nbytes = tensor.rows(cut)
+        data = buffer[:nbytes]
+        self._read_into(memoryview(data.numpy()), offset)
+        return data.view(tensor.dtype).view(shape)
+
+
+class Layout:
+    """
+    Where the tensors of a file go: the widest types first, so that each tensor starts at a multiple of its item size,
+    and otherwise in the order given. `offsets` count from the end of the header, `nbytes` is all of the data.
+    """
+
+    def __init__(self, tensors: Tensors):
+        self.tensors = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize)}
+        self.offsets: dict[str, int] = {}
+        self.nbytes = 0
+        for name in self.tensors:
+            self.offsets[name] = self.nbytes
+            self.nbytes += self.size(name)
+
+    def size(self, name: str) -> int:
+        dtype, shape = self.tensors[name]
+        return math.prod(shape) * dtype.itemsize
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of a row, that is of one index of the first dimension."""
+        dtype, shape = self.tensors[name]
+        return math.prod(shape[1:]) * dtype.itemsize
+
+    def header(self, metadata: dict[str, str]) -> bytes:
+        """All that comes before the data."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+        for name, (dtype, shape) in self.tensors.items():
+            span = [self.offsets[name], self.offsets[name] + self.size(name)]
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": span}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        return struct.pack("<Q", len(encoded)) + encoded
 
 
 class SafetensorsWriter:
     """
-    Writes a file whose tensors are known beforehand (name -> dtype, shape); each is then written once, in any order.
+    Writes a file whose layout is known beforehand; rows of its tensors in any order, from any thread.
 
-    The file carries the suffix ".incomplete" until `close`, which syncs it to disk and renames it. Used as a context
-    manager: an exception removes it.
+    The file carries the suffix ".incomplete" until `finish`, which syncs it to disk and renames it. Used as a context
+    manager, it is finished at the end and removed after an exception. With `resume` the file may be there already, from
+    a run that stopped.
     """
 
-    def __init__(
-        self, path: str | Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
-    ):
+    def __init__(self, path: str | Path, layout: Layout, metadata: dict[str, str], resume: bool = False):
         self.path = Path(path)
-        self._temporary = self.path.with_name(self.path.name + INCOMPLETE)
-        self._tensors = tensors
-        self._offsets: dict[str, int] = {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
-        end = 0
-        # Widest types first: every tensor then starts at a multiple of its item size.
-        for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
-            dtype, shape = tensors[name]
-            self._offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [self._offsets[name], end],
-            }
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._data_start = 8 + len(encoded)
-        self._unwritten = set(tensors)
+        self.layout = layout
+        self.temporary = self.path.with_name(self.path.name + INCOMPLETE)
+        header = layout.header(metadata)
+        self.data_start = len(header)
+        self._unwritten = layout.nbytes  # counted for the context manager, so for a single thread
         try:
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (0 if resume else os.O_EXCL)
+            self._fd = os.open(self.temporary, flags, 0o666)
+            os.ftruncate(self._fd, self.data_start + layout.nbytes)
         except OSError as error:
             raise self._failed(error) from None
-        self._pwrite(memoryview(struct.pack("<Q", len(encoded)) + encoded), 0)
+        self._pwrite(memoryview(header), 0)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        dtype, shape = self._tensors[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)) and name in self._unwritten, name
-        self._unwritten.remove(name)
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        self._pwrite(memoryview(data), self._data_start + self._offsets[name])
+    def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
+        """Write a tensor, or rows of it from `first` on."""
+        dtype, shape = self.layout.tensors[name]
+        start = first * self.layout.row_bytes(name)
+        fits = (rows.dtype, rows.shape[1:]) == (dtype, shape[1:]) and start + rows.nbytes <= self.layout.size(name)
+        assert fits, f"{name}: {rows.shape=} from {first=} do not fit into {shape}"
+        data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        self._unwritten -= len(data)
+        self._pwrite(memoryview(data), self.data_start + self.layout.offsets[name] + start)
 
-    def close(self) -> None:
-        assert not self._unwritten, f"{self.path}: not written: {sorted(self._unwritten)[:10]}"
+    def read_back(self, size: int, offset: int) -> bytes:
+        """Up to `size` bytes of the file as far as it is written."""
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise InputError(f"{self.temporary}: cannot be read: {error.strerror}") from None
+        if not data:
+            raise InputError(f"{self.temporary}: ends at byte {offset}; was it changed by another program?")
+        return data
+
+    def sync(self) -> None:
         try:
             os.fsync(self._fd)
-            os.close(self._fd)
-            self._temporary.rename(self.path)
         except OSError as error:
             raise self._failed(error) from None
+
+    def finish(self) -> None:
+        self.sync()
+        self.close()
+        try:
+            self.temporary.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
         done = 0
@@ -223,10 +279,20 @@ class SafetensorsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if kind is None:
-            self.close()
+            assert not self._unwritten, f"{self.path}: {self._unwritten} bytes were not written"
+            self.finish()
         else:
-            os.close(self._fd)
-            self._temporary.unlink(missing_ok=True)
+            self.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder as lasting as the files: a rename is not on the disk before its folder is."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

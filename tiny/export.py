@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference"))
@@ -24,21 +25,22 @@ from checkpoint import tensor_specs
 from config import ModelArgs, read_json
 from errors import InputError, run_command
 from kernel import E4M3, weight_quant
-from safetensors_io import SafetensorsWriter
+from model import Transformer
+from safetensors_io import Layout, SafetensorsWriter
 
 CONFIG = Path(__file__).with_name("config.json")
 # What the tokenizer's ids 0 and 1 are; sampling defaults as the released models have them.
 GENERATION = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.2}
 
 
-def released(args: ModelArgs, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a release from our parameters, experts stacked [E, N, K]: by HF's names, in the specs' types."""
+def released(args: ModelArgs, model: Transformer) -> dict[str, torch.Tensor]:
+    """The tensors of a release from a model's parameters: by HF's names, in the specs' types."""
+    weights = model.weights()
     out: dict[str, torch.Tensor] = {}
     for spec in tensor_specs(args).values():
         if spec.is_scale:
             continue  # made with its weight
-        weight = weights[spec.name.replace(f".experts.{spec.expert}.", ".experts.")]
-        weight = weight if spec.expert is None else weight[spec.expert]
+        weight = weights[spec.name].detach().reshape(spec.shape)  # which may be a view of several
         if spec.dtype == E4M3:
             out[spec.hf_name], out[spec.hf_name + "_scale_inv"] = weight_quant(weight.float(), args.scale_fmt)
         else:
@@ -66,13 +68,14 @@ def main() -> None:
     if options.bf16:
         del config["quantization_config"]
     args = ModelArgs.from_hf(config)
-    weights = {
-        name.removeprefix("model."): tensor for name, tensor in load_file(state).items() if name.startswith("model.")
-    }
+    model = Transformer(replace(args, dtype="fp32", scale_fmt=None))
+    model.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in load_file(state).items() if name.startswith("model.")}
+    )
     options.out.mkdir(parents=True, exist_ok=True)
-    tensors = released(args, weights)
+    tensors = released(args, model)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with SafetensorsWriter(options.out / "model.safetensors", layout, {}) as writer:
+    with SafetensorsWriter(options.out / "model.safetensors", Layout(layout), {}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,0 +1,123 @@
+"""
+The gated products of DeepSeekMoE (V3 paper, 2.1.2): of one MLP for all tokens, and of each expert for those that chose
+it, all experts in one launch.
+
+Dimension letters: M tokens, D dim, I inner width, E local experts, K choices a token, P = M * K (token, choice) pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from config import BLOCK_SIZE
+from fused import silu_mul, silu_mul_ref
+from kernel import E4M3, Quantised, cdiv, fp8_gemm, launch_gemm, linear, on_gpu, quantised
+from routing import Routing
+
+FEW = 64  # tokens up to which a product is bound by reading the weights
+
+
+def gated_linear_ref(
+    x: torch.Tensor | Quantised, weight: torch.Tensor, scale: torch.Tensor | None, scale_fmt: str | None
+) -> torch.Tensor:
+    """x [M, D], weight [2, I, D] (w1 and w3), scale [2, ...] or None -> silu(x w1^T) * (x w3^T) [M, I]."""
+    if scale is None:
+        y = linear(x, weight.flatten(0, 1))
+    else:
+        halves = zip(weight, scale, strict=True)
+        y = torch.cat([linear(x, half, half_scale, scale_fmt) for half, half_scale in halves], dim=1)
+    return silu_mul_ref(y.unflatten(1, (2, -1)))
+
+
+def gated_linear(
+    x: torch.Tensor | Quantised, weight: torch.Tensor, scale: torch.Tensor | None, scale_fmt: str | None
+) -> torch.Tensor | Quantised:
+    """See gated_linear_ref. With scales, the result comes Quantised from a GPU."""
+    if not on_gpu(x):
+        return gated_linear_ref(x, weight, scale, scale_fmt)
+    inter = weight.shape[1]
+    if scale is None:
+        if x.shape[0] > FEW:
+            return silu_mul(linear(x, weight.flatten(0, 1)).unflatten(1, (2, inter)))
+        y = x.new_empty(x.shape[0], inter)
+        launch_gemm(x, None, weight, None, y, gated=True)
+        return y
+    x, values, x_scale = quantised(x, scale_fmt)
+    M = values.shape[0]
+    if M > FEW and inter % BLOCK_SIZE == 0:
+        y = fp8_gemm(values, x_scale, weight.flatten(0, 1), scale.flatten(0, 1))
+        return silu_mul(y.unflatten(1, (2, inter)), True, scale_fmt, keep=False)
+    h, h_scale = values.new_empty(M, inter), x_scale.new_empty(cdiv(inter, BLOCK_SIZE), M).t()
+    launch_gemm(values, x_scale, weight, scale, h, h_scale, scale_fmt, gated=True)
+    return Quantised(None, h, h_scale)
+
+
+def pair_block(pairs: int, n_local: int, fp8: bool, device: torch.device) -> int:
+    """How many pairs a tile takes: about what an expert has on average. The reference takes all of an expert's."""
+    if device.type != "cuda":
+        return pairs
+    mean = pairs // n_local
+    return 16 if mean <= 16 else 32 if mean <= 32 else FEW if fp8 or mean <= 128 else 128
+
+
+Scaled = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and its scales if it is in e4m3
+
+
+def experts_ref(
+    x: torch.Tensor | Quantised, w13: Scaled, w2: Scaled, scale_fmt: str | None, weights: torch.Tensor, routing: Routing
+) -> torch.Tensor:
+    """
+    x [M, D], w13 [E, 2, I, D], w2 [E, D, I], weights [M, K] -> weight * expert(x) of each choice, [M, K, D]: their sum
+    is left to the next norm. Choices that other ranks' experts serve are zero.
+    """
+    M, K = weights.shape
+    x = x.x if isinstance(x, Quantised) else x
+    w13, w2 = (list(zip(w, [None] * len(w) if s is None else s, strict=True)) for w, s in (w13, w2))
+    outputs, done = [], 0
+    for e, start, stop in zip(*(part.tolist() for part in routing[1:]), strict=True):
+        if e >= 0:
+            x_e = x[routing.order[start:stop] // K]
+            outputs.append(linear(gated_linear_ref(x_e, *w13[e], scale_fmt), *w2[e], scale_fmt))
+            done = stop
+    outputs.append(x.new_zeros(M * K - done, x.shape[1]))
+    y = torch.cat(outputs)[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order
+    return (y.float() * weights[..., None]).to(x.dtype)
+
+
+def experts(
+    x: torch.Tensor | Quantised,
+    w13: Scaled,
+    w2: Scaled,
+    scale_fmt: str | None,
+    weights: torch.Tensor,
+    routing: Routing,
+    block: int,
+    everywhere: bool = True,
+) -> torch.Tensor:
+    """See experts_ref. `block`: pairs of a tile of the routing. `everywhere`: no choice is another rank's."""
+    if not on_gpu(x):
+        return experts_ref(x, w13, w2, scale_fmt, weights, routing)
+    (w13, w13_scale), (w2, w2_scale) = w13, w2
+    (M, K), (_, _, inter, D) = weights.shape, w13.shape
+    P = M * K
+    fp8 = w13_scale is not None
+    x, x_scale = quantised(x, scale_fmt)[1:] if fp8 else (x, None)
+    dtype = torch.bfloat16 if fp8 else x.dtype
+    grouped = {"routing": routing, "top_k": K, "block": block}
+    if block >= FEW and inter % BLOCK_SIZE == 0:
+        # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product.
+        tokens = routing.order // K
+        x = x.view(torch.uint8)[tokens].view(E4M3) if fp8 else x[tokens]
+        x_scale = x_scale.t()[:, tokens].t() if fp8 else None
+        y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
+        both = w13.flatten(1, 2), None if w13_scale is None else w13_scale.flatten(1, 2)
+        launch_gemm(x, x_scale, *both, y, gathered=True, **grouped)
+        h = silu_mul(y.unflatten(1, (2, inter)), fp8, scale_fmt, keep=False)
+        h, h_scale = h[1:] if fp8 else (h, None)
+    else:
+        h = x.new_empty(P, inter)
+        h_scale = torch.empty(cdiv(inter, BLOCK_SIZE), P, device=x.device).t() if fp8 else None
+        launch_gemm(x, x_scale, w13, w13_scale, h, h_scale, scale_fmt, gated=True, **grouped)
+    terms = (torch.empty if everywhere else torch.zeros)(M, K, D, dtype=dtype, device=x.device)
+    launch_gemm(h, h_scale, w2, w2_scale, terms.flatten(0, 1), pair_weights=weights, **grouped)
+    return terms

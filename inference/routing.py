@@ -1,0 +1,481 @@
+"""
+Where each token goes in a mixture of experts (V3 paper, 2.1.2): scores, choice, and the order in which a grouped GEMM
+takes the chosen pairs (token, expert).
+
+Decoding is bound by latency, so what can share a launch does. Nothing here waits for the host: all shapes follow from
+the number of tokens.
+
+Dimension letters: M tokens, D dim, E routed experts, K n_activated_experts, K' = K + shared experts that every token
+takes, P = M * K' pairs, T tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernel import cdiv, counters, linear_fp32, on_gpu, pdl_options
+
+_LAST = tl.constexpr(0x7FFFFFFF)
+_LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
+
+FEW_TOKENS = 8  # up to here the gate's product is a sum of elementwise products
+FEW_PAIRS = 128  # up to here one program sorts, comparing all pairs with each other
+CHUNK = 512  # pairs a program sorts beyond that
+
+
+class Routing(NamedTuple):
+    """
+    The pairs m * K' + k by expert, in tiles of at most `block` pairs of one expert, as a grouped GEMM takes them.
+
+    order [P] int32: the pairs, by local expert; those of other ranks' experts come last. tile_expert [T] int32: each
+    tile's local expert, -1 where there is no tile. Its pairs are order[tile_start : tile_stop], [T] int32 each.
+    """
+
+    order: torch.Tensor
+    tile_expert: torch.Tensor
+    tile_start: torch.Tensor
+    tile_stop: torch.Tensor
+
+
+def tile_count(pairs: int, n_local: int, block: int) -> int:
+    """Tiles that suffice however the pairs fall: one an expert that has any, and one more for each full block."""
+    return min(pairs, n_local) + pairs // block
+
+
+def sort_warps(pairs: int) -> int:
+    """So that a thread holds at most 64 of the comparisons of all pairs with each other."""
+    return min(max(triton.next_power_of_2(pairs) // 16, 1), 8)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def gate_scores_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [M, D], weight [E, D] fp32 -> x W^T [M, E] in fp32."""
+    with torch.autocast(x.device.type, enabled=False):  # fp32 under a trainer's autocast too
+        return F.linear(x.float(), weight)
+
+
+@triton.jit
+def few_scores_kernel(
+    x_ptr, w_ptr, y_ptr, M, E, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_E experts for all of the few tokens. Bound by reading W (4 * E * D bytes), all in flight."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m, e = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros((BLOCK_M, BLOCK_E, BLOCK_D), dtype=tl.float32)
+    for first in tl.static_range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        w = tl.load(w_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(x_ptr + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+        acc += x.to(tl.float32)[:, None, :] * w[None, :, :]
+    tl.store(y_ptr + m[:, None] * E + e[None, :], tl.sum(acc, 2), mask=(m < M)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def split_scores_kernel(
+    x_ptr, w_ptr, y_ptr, part_ptr, counter_ptr, M, E, D, SLICE: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """
+    One program: a BLOCK_M x BLOCK_E tile of y over SLICE of D; the last of a tile adds the SLICES parts in their order.
+
+    The tensor cores take bf16, so w = hi + lo, both bf16: exact for a weight that was bf16, within 2^-17 for others.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    for first in range(0, SLICE, BLOCK_D):
+        d = tl.program_id(1) * SLICE + first + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+        w = tl.load(w_ptr + e[None, :] * D + d[:, None], mask=(e < E)[None, :] & (d < D)[:, None], other=0.0)
+        hi = w.to(tl.bfloat16)
+        acc = tl.dot(x, hi, acc)
+        acc = tl.dot(x, (w - hi.to(tl.float32)).to(tl.bfloat16), acc)
+    cells = m[:, None] * E + e[None, :]
+    inside = (m < M)[:, None] & (e < E)[None, :]
+    tl.store(part_ptr + tl.program_id(1) * M * E + cells, acc, mask=inside)
+    tl.debug_barrier()
+    counter_ptr += tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
+        total = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+        for part in tl.static_range(SLICES):
+            total += tl.load(part_ptr + part * M * E + cells, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(y_ptr + cells, total, mask=inside)
+        tl.store(counter_ptr, 0)
+
+
+def gate_scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See gate_scores_ref."""
+    (M, D), E = x.shape, weight.shape[0]
+    if not on_gpu(x) or (x.dtype == torch.float32 and M > FEW_TOKENS):
+        return gate_scores_ref(x, weight)
+    x, y = x.contiguous(), torch.empty(M, E, dtype=torch.float32, device=x.device)
+    if M <= FEW_TOKENS:
+        block_e = 1 if E <= 132 else 2  # about as many programs as multiprocessors
+        few_scores_kernel[(cdiv(E, block_e),)](
+            x, weight, y, M, E, D, triton.next_power_of_2(M), block_e, min(triton.next_power_of_2(D), 1024),
+            num_warps=8, **pdl_options(x.device),
+        )  # fmt: skip
+    elif M <= 256:
+        block_m, block_e, block_d = min(triton.next_power_of_2(M), 64), 64, 64
+        tiles = cdiv(E, block_e) * cdiv(M, block_m)
+        steps = cdiv(cdiv(D, block_d), max(132 // tiles, 1))  # of each slice
+        slices = cdiv(cdiv(D, block_d), steps)
+        parts = torch.empty(slices, M, E, dtype=torch.float32, device=x.device)
+        split_scores_kernel[(cdiv(E, block_e), slices, cdiv(M, block_m))](
+            x, weight, y, parts, counters(x.device), M, E, D, steps * block_d, slices, block_m, block_e, block_d,
+            num_warps=4, num_stages=3, **pdl_options(x.device),
+        )  # fmt: skip
+    else:
+        hi = weight.bfloat16()
+        both = linear_fp32(x, torch.cat([hi, (weight - hi).bfloat16()]))
+        torch.add(both[:, :E], both[:, E:], out=y)
+    return y
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+def route_ref(
+    logits: torch.Tensor, bias: torch.Tensor | None, *, score_func: str, n_groups: int, n_limited_groups: int,
+    top_k: int, route_scale: float, n_shared: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """
+    logits [M, E], bias [E] or None -> weights [M, K'] fp32, indices [M, K'] int32.
+
+    Scores s = sigmoid or softmax of the logits. The choice is on s + bias: a group of experts scores the sum of its two
+    best (without a bias its best), the n_limited_groups best groups stay, and the top K of them are chosen, the best
+    first and of equal ones the one with the lower index. The weights come from s alone, so the bias, which balances the
+    load without an auxiliary loss, decides where a token goes and never what it receives.
+
+    The shared experts follow as experts E, E + 1, ... with weight 1.
+    """
+    scores = logits.sigmoid() if score_func == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if n_groups > 1:
+        groups = choice.unflatten(-1, (n_groups, -1))
+        group_scores = groups.amax(-1) if bias is None else groups.topk(2, -1).values.sum(-1)
+        kept = group_scores.argsort(dim=-1, descending=True, stable=True)[:, :n_limited_groups]
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
+        choice = groups.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
+    indices = choice.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    weights = scores.gather(-1, indices)
+    if score_func == "sigmoid":
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = F.pad(weights * route_scale, (0, n_shared), value=1.0)
+    shared = torch.arange(n_shared, device=indices.device) + logits.shape[1]
+    return weights, torch.cat([indices, shared.expand(len(indices), -1)], dim=1).int()
+
+
+@triton.jit
+def sortable(x, tie):
+    """int64 keys, no two the same, that order as x does and of equal x put the smaller tie [int32] above the larger."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & _LAST)).to(tl.int64) << 32) + (_LAST - tie)
+
+
+@triton.jit
+def value_of(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & _LAST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sort_few(
+    index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """index [PAIRS]: each pair's expert. Every pair finds its place by looking at all others."""
+    pair = tl.arange(0, PAIRS)
+    local = (index >= first) & (index < first + n_local) & (pair < P)
+    expert = tl.where(local, index - first, tl.where(pair < P, n_local, n_local + 1))
+    same = expert[None, :] == expert[:, None]
+    before = tl.sum((expert[None, :] < expert[:, None]).to(tl.int32), 1)
+    rank = tl.sum((same & (pair[None, :] < pair[:, None])).to(tl.int32), 1)
+    count = tl.sum(same.to(tl.int32), 1)
+    place = before + rank
+    tl.store(order_ptr + place, pair, mask=pair < P)
+
+    head = local & (rank % BLOCK == 0)  # the first of a tile
+    head_place = tl.where(head, place, PAIRS)
+    tile = tl.sum((head_place[None, :] < place[:, None]).to(tl.int32), 1)
+    tl.store(tile_expert_ptr + tile, expert, mask=head)
+    tl.store(tile_start_ptr + tile, place, mask=head)
+    tl.store(tile_stop_ptr + tile, before + tl.minimum(rank + BLOCK, count), mask=head)
+    tile = tl.arange(0, TILES)
+    unused = (tile >= tl.sum(head.to(tl.int32))) & (tile < n_tiles)
+    tl.store(tile_expert_ptr + tile, tl.full((TILES,), -1, tl.int32), mask=unused)
+    tl.store(tile_start_ptr + tile, tl.zeros((TILES,), tl.int32), mask=unused)
+    tl.store(tile_stop_ptr + tile, tl.zeros((TILES,), tl.int32), mask=unused)
+
+
+@triton.jit
+def route_kernel(
+    logits_ptr, bias_ptr, weights_ptr, indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr,
+    counter_ptr, M, first, n_local, n_tiles, route_scale,
+    E: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, N_GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, SORT: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: one token, its scores as [GROUPS, MEMBERS]. With SORT the last one sorts the pairs of all tokens."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(0)
+    logits_ptr += m * E
+    group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)
+    expert = group[:, None] * (E // N_GROUPS) + member[None, :]
+    inside = (group < N_GROUPS)[:, None] & (member < E // N_GROUPS)[None, :]
+    logits = tl.load(logits_ptr + expert, mask=inside, other=float("-inf"))
+    if SIGMOID:
+        choice = 1 / (1 + tl.exp(-logits))
+    else:
+        highest = tl.max(logits)
+        total = tl.sum(tl.exp(logits - highest))
+        choice = tl.exp(logits - highest) / total
+    if BIAS:
+        choice += tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    key = tl.where(inside, sortable(choice, expert), _LOWEST)
+
+    if N_GROUPS > KEPT:
+        best = tl.max(key, 1)
+        group_score = value_of(best)
+        if BIAS:
+            group_score += value_of(tl.max(tl.where(key == best[:, None], _LOWEST, key), 1))
+        group_key = tl.where(group < N_GROUPS, sortable(group_score, group), _LOWEST)
+        rank = tl.sum((group_key[None, :] > group_key[:, None]).to(tl.int32), 1)
+        dropped = sortable(tl.full((GROUPS, MEMBERS), float("-inf"), tl.float32), expert)
+        key = tl.where(inside & (rank >= KEPT)[:, None], dropped, key)
+
+    column = tl.arange(0, BLOCK_K)
+    index = E + column - K  # of the shared experts
+    for k in tl.static_range(K):
+        best = tl.max(key)
+        index = tl.where(column == k, _LAST - (best & _LAST).to(tl.int32), index)
+        key = tl.where(key == best, _LOWEST, key)
+    chosen = tl.load(logits_ptr + index, mask=column < K, other=float("-inf"))
+    if SIGMOID:
+        weight = 1 / (1 + tl.exp(-chosen))
+        weight /= tl.sum(weight)
+    else:
+        weight = tl.exp(chosen - highest) / total
+    weight = tl.where(column < K, weight * route_scale, 1.0)
+    tl.store(weights_ptr + m * COLUMNS + column, weight, mask=column < COLUMNS)
+    tl.store(indices_ptr + m * COLUMNS + column, index, mask=column < COLUMNS)
+
+    if SORT:
+        if ONE_TOKEN:
+            sort_few(
+                index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, COLUMNS, first, n_local, n_tiles,
+                BLOCK, PAIRS, TILES,
+            )  # fmt: skip
+        else:
+            tl.debug_barrier()
+            if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == M - 1:
+                pair = tl.arange(0, PAIRS)
+                indices = tl.load(indices_ptr + pair, mask=pair < M * COLUMNS, other=0, cache_modifier=".cg")
+                sort_few(
+                    indices, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, M * COLUMNS, first, n_local,
+                    n_tiles, BLOCK, PAIRS, TILES,
+                )  # fmt: skip
+                tl.store(counter_ptr, 0)
+
+
+def launch_route(
+    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing | None, first: int, n_local: int, block: int,
+    *, score_func: str, n_groups: int, n_limited_groups: int, top_k: int, route_scale: float, n_shared: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    (M, E), columns = logits.shape, top_k + n_shared
+    weights = torch.empty(M, columns, dtype=torch.float32, device=logits.device)
+    indices = torch.empty(M, columns, dtype=torch.int32, device=logits.device)
+    n_tiles = 0 if routing is None else len(routing.tile_expert)
+    block_k = triton.next_power_of_2(columns)
+    pairs = block_k if M == 1 else triton.next_power_of_2(M * columns)
+    route_kernel[(M,)](
+        logits, bias, weights, indices, *(routing or (None,) * 4), counters(logits.device), M, first, n_local, n_tiles,
+        route_scale, E, top_k, columns, n_groups, n_limited_groups, score_func == "sigmoid", bias is not None,
+        routing is not None, M == 1, block, triton.next_power_of_2(n_groups), triton.next_power_of_2(E // n_groups),
+        block_k, pairs, triton.next_power_of_2(max(n_tiles, 1)),
+        num_warps=1 if routing is None else sort_warps(pairs), **pdl_options(logits.device),
+    )  # fmt: skip
+    return weights, indices
+
+
+def route(logits: torch.Tensor, bias: torch.Tensor | None, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """See route_ref, whose options it takes."""
+    if not on_gpu(logits):
+        return route_ref(logits, bias, **options)
+    return launch_route(logits.contiguous(), bias, None, 0, 0, 1, **options)
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def sort_pairs_ref(indices: torch.Tensor, first: int, n_local: int, block: int) -> Routing:
+    """indices [M, K'] -> the Routing of the pairs of the experts [first, first + n_local); stable."""
+    expert = indices.flatten() - first
+    expert = expert.where((expert >= 0) & (expert < n_local), n_local)
+    counts = torch.zeros(n_local + 1, dtype=torch.long, device=indices.device)
+    counts = counts.scatter_add(0, expert.long(), torch.ones_like(expert, dtype=torch.long))[:n_local]
+    starts, tiles = counts.cumsum(0) - counts, -(-counts // block)
+    # Tile t is the nth of the expert whose tiles begin at or before it and end after it.
+    t = torch.arange(tile_count(len(expert), n_local, block), device=indices.device)
+    owner = torch.searchsorted(tiles.cumsum(0), t, right=True)
+    used, at = owner < n_local, owner.clamp(max=n_local - 1)
+    start = starts[at] + (t - (tiles.cumsum(0) - tiles)[at]) * block
+    stop = torch.minimum(start + block, (starts + counts)[at])
+    tiles_of = (at.where(used, -1), start.where(used, 0), stop.where(used, 0))
+    return Routing(expert.argsort(stable=True).int(), *(x.int() for x in tiles_of))
+
+
+@triton.jit
+def sort_few_kernel(
+    indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program does it all."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pair = tl.arange(0, PAIRS)
+    index = tl.load(indices_ptr + pair, mask=pair < P, other=0)
+    sort_few(
+        index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
+        BLOCK, PAIRS, TILES,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_experts(indices_ptr, pair, P, first, n_local, NONE: tl.constexpr):
+    """The local expert of each pair, n_local for another rank's, NONE past the last pair."""
+    expert = tl.load(indices_ptr + pair, mask=pair < P, other=0) - first
+    expert = tl.where((expert >= 0) & (expert < n_local), expert, n_local)
+    return tl.where(pair < P, expert, NONE)
+
+
+@triton.jit
+def count_kernel(
+    indices_ptr, counts_ptr, starts_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, counter_ptr,
+    P, first, n_local, n_tiles, n_chunks, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: the pairs of each expert in a chunk. The last one knows all, and where experts and tiles begin."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    chunk, bins = tl.program_id(0), tl.arange(0, BINS)
+    count = tl.zeros((BINS,), dtype=tl.int32)
+    for offset in tl.static_range(0, CHUNK, 32):
+        expert = load_experts(indices_ptr, chunk * CHUNK + offset + tl.arange(0, 32), P, first, n_local, BINS)
+        count += tl.sum((expert[None, :] == bins[:, None]).to(tl.int32), 1)
+    tl.store(counts_ptr + chunk * BINS + bins, count)
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n_chunks - 1:
+        total = tl.zeros((BINS,), dtype=tl.int32)
+        for other in range(0, n_chunks, 16):
+            chunks = other + tl.arange(0, 16)
+            cells = counts_ptr + chunks[:, None] * BINS + bins[None, :]
+            total += tl.sum(tl.load(cells, mask=(chunks < n_chunks)[:, None], other=0, cache_modifier=".cg"), 0)
+        start = tl.cumsum(total, 0) - total
+        tl.store(starts_ptr + bins, start)
+        tiles = tl.where(bins < n_local, (total + BLOCK - 1) // BLOCK, 0)
+        first_tile = tl.cumsum(tiles, 0) - tiles
+        for nth in range(0, tl.max(tiles)):
+            tile_start = start + nth * BLOCK
+            tl.store(tile_expert_ptr + first_tile + nth, bins, mask=nth < tiles)
+            tl.store(tile_start_ptr + first_tile + nth, tile_start, mask=nth < tiles)
+            tl.store(tile_stop_ptr + first_tile + nth, tl.minimum(tile_start + BLOCK, start + total), mask=nth < tiles)
+        for tile in range(tl.sum(tiles), n_tiles, BINS):
+            tl.store(tile_expert_ptr + tile + bins, tl.full((BINS,), -1, tl.int32), mask=tile + bins < n_tiles)
+            tl.store(tile_start_ptr + tile + bins, tl.zeros((BINS,), tl.int32), mask=tile + bins < n_tiles)
+            tl.store(tile_stop_ptr + tile + bins, tl.zeros((BINS,), tl.int32), mask=tile + bins < n_tiles)
+        tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def place_kernel(
+    indices_ptr, counts_ptr, starts_ptr, bases_ptr, order_ptr, P, first, n_local,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """
+    One program: the places of a chunk's pairs, each its expert's start, plus the pairs of that expert in the chunks
+    before, plus those before it in this chunk.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    chunk, bins = tl.program_id(0), tl.arange(0, BINS)
+    base = tl.load(starts_ptr + bins)
+    for other in range(0, chunk, 16):
+        chunks = other + tl.arange(0, 16)
+        cells = counts_ptr + chunks[:, None] * BINS + bins[None, :]
+        base += tl.sum(tl.load(cells, mask=(chunks < chunk)[:, None], other=0), 0)
+    tl.store(bases_ptr + chunk * BINS + bins, base)
+
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = load_experts(indices_ptr, pair, P, first, n_local, BINS)
+    rank = tl.zeros((CHUNK,), dtype=tl.int32)
+    for offset in tl.static_range(0, CHUNK, 32):
+        earlier = chunk * CHUNK + offset + tl.arange(0, 32)
+        same = load_experts(indices_ptr, earlier, P, first, n_local, BINS)[None, :] == expert[:, None]
+        rank += tl.sum((same & (earlier[None, :] < pair[:, None])).to(tl.int32), 1)
+    tl.debug_barrier()
+    place = tl.load(bases_ptr + chunk * BINS + expert, mask=pair < P, other=0) + rank
+    tl.store(order_ptr + place, pair, mask=pair < P)
+
+
+def empty_routing(P: int, n_local: int, block: int, device: torch.device) -> Routing:
+    T = tile_count(P, n_local, block)
+    return Routing(*(torch.empty(n, dtype=torch.int32, device=device) for n in (P, T, T, T)))
+
+
+def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> Routing:
+    """See sort_pairs_ref."""
+    if not on_gpu(indices):
+        return sort_pairs_ref(indices, first, n_local, block)
+    indices, P, device = indices.int().contiguous(), indices.numel(), indices.device
+    routing = empty_routing(P, n_local, block, device)
+    order, *tiles = routing
+    n_tiles, options = len(tiles[0]), pdl_options(device)
+    if P <= FEW_PAIRS:
+        sort_few_kernel[(1,)](
+            indices, order, *tiles, P, first, n_local, n_tiles, block, triton.next_power_of_2(P),
+            triton.next_power_of_2(n_tiles), num_warps=sort_warps(P), **options,
+        )  # fmt: skip
+        return routing
+    chunks, bins = cdiv(P, CHUNK), triton.next_power_of_2(n_local + 1)
+    counts, bases = torch.empty(2, chunks, bins, dtype=torch.int32, device=device)
+    starts = torch.empty(bins, dtype=torch.int32, device=device)
+    count_kernel[(chunks,)](
+        indices, counts, starts, *tiles, counters(device), P, first, n_local, n_tiles, chunks, block, CHUNK, bins,
+        num_warps=8, **options,
+    )  # fmt: skip
+    place_kernel[(chunks,)](
+        indices, counts, starts, bases, order, P, first, n_local, CHUNK, bins, num_warps=8, **options
+    )
+    return routing
+
+
+def route_and_sort(
+    logits: torch.Tensor, bias: torch.Tensor | None, *, first: int, n_local: int, block: int, **options
+) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+    """`route`, then `sort_pairs`: weights, indices, Routing. For few tokens in one launch."""
+    P = logits.shape[0] * (options["top_k"] + options.get("n_shared", 0))
+    if not on_gpu(logits) or P > FEW_PAIRS:
+        weights, indices = route(logits, bias, **options)
+        return weights, indices, sort_pairs(indices, first, n_local, block)
+    routing = empty_routing(P, n_local, block, logits.device)
+    return *launch_route(logits.contiguous(), bias, routing, first, n_local, block, **options), routing
