@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 
 
@@ -16,6 +17,13 @@ def problems(what: str, found: Sequence[str], shown: int = 10) -> InputError:
     """One error for all problems of a kind: the first `shown` of them and how many more there are."""
     more = f"; and {len(found) - shown} more" if len(found) > shown else ""
     return InputError(f"{what}: " + "; ".join(found[:shown]) + more)
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def is_first() -> bool:

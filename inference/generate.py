@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, is_first, run_command
+from errors import InputError, is_first, positive, run_command
 
 # Matrices of this width are multiplied before a second CPU thread has woken up: the tiny model decodes at 170 tokens/s
 # with one thread and 90 with two (EPYC, 2 cores).
@@ -24,12 +24,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
     from engine import Request, Stats
     from llm import LLM
     from sampling import SamplingParams
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def parse_arguments() -> Namespace:
@@ -58,6 +52,7 @@ def parse_arguments() -> Namespace:
     add("--mtp", type=int, metavar="N", help="drafted tokens a step (default: one per MTP module; 0 is off)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto", help="arithmetic of FP8 weights (default auto)")
+    add("--no-cuda-graph", action="store_true", help="launch a step's kernels one by one")
     add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
     args = parser.parse_args()
     if args.interactive and (args.output_file or args.logprobs is not None):
@@ -82,6 +77,7 @@ def load(args: Namespace, **sizes: Any) -> LLM:
         expert_parallel=args.expert_parallel,
         mtp=args.mtp,
         prefill_chunk=args.prefill_chunk,
+        cuda_graph=not args.no_cuda_graph,
         verbose=True,
         **sizes,
     )

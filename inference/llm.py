@@ -84,6 +84,7 @@ class LLM:
         mtp: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         keep_prefix: bool = False,
+        cuda_graph: bool = True,
         verbose: bool = False,
     ):
         start = time.perf_counter()
@@ -131,7 +132,14 @@ class LLM:
         if torch_device.type == "cpu":
             self.model.head.float()  # logits are fp32, and a CPU would widen the weight at every step
         self.engine = Engine(
-            self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, prefill_chunk, keep_prefix
+            self.model,
+            max_batch_size,
+            self.max_seq_len,
+            self.stop_ids,
+            n_drafts,
+            prefill_chunk,
+            keep_prefix,
+            cuda_graph,
         )
         if verbose and parallel.rank == 0:
             print(f"ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -2,13 +2,17 @@
 Choosing the next token. Every draw comes from a hash of (seed, position, token), so a row's randomness depends neither
 on its neighbours in the batch nor on the device, and needs no state.
 
+All of it runs on the device without a look at the values, so that a CUDA graph can hold it. What a batch does not need
+is left out by its `Kind`: all-greedy rows only take an argmax.
+
 Dimension letters: B rows, N drafts a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -78,55 +82,100 @@ def uniform(seed: torch.Tensor, position: torch.Tensor, n: int, stream: int) -> 
     return ((bits & 0xFFFFFFFF).double() + 0.5) * 2.0**-32
 
 
-def probabilities(
-    logits: torch.Tensor, params: list[SamplingParams], seen: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    logits [B, V] fp32 -> the distribution [B, V] that row b is drawn from; all on the best token when greedy.
+class Kind(NamedTuple):
+    """What a batch needs because of at least one of its rows. `logprobs`: the most alternatives that a row reports."""
 
-    seen [B, V]: the tokens that repetition_penalty is for; None when no row has one.
-    """
+    random: bool
+    cuts: bool
+    penalty: bool
+    logprobs: int | None
 
-    def column(values: Iterable[float]) -> torch.Tensor:
-        return torch.tensor(list(values), device=logits.device, dtype=torch.float32)[:, None]
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> Kind:
+        return cls(
+            random=any(p.temperature > 0 for p in params),
+            cuts=any(p.temperature > 0 and p.cuts for p in params),
+            penalty=any(p.repetition_penalty != 1 for p in params),
+            logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+        )
 
-    if seen is not None:
-        penalty = column(p.repetition_penalty for p in params)
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+class Sampling(NamedTuple):
+    """How the rows of a batch are sampled: seed [B], settings [B, 5] fp32 with a column for each of SETTINGS."""
+
+    seed: torch.Tensor
+    settings: torch.Tensor
+    kind: Kind
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], seed: torch.Tensor) -> Sampling:
+        return cls(seed, torch.tensor([setting_values(p) for p in params], device=seed.device), Kind.of(params))
+
+    def column(self, name: str, n_dims: int) -> torch.Tensor:
+        """[B, 1, ..] in n_dims dimensions."""
+        column = self.settings[:, SETTINGS.index(name)]
+        return column.view(-1, *[1] * (n_dims - 1))
+
+
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def setting_values(params: SamplingParams) -> list[float]:
+    """One row of Sampling.settings; limits that are off are infinite."""
+    p = params
+    top_p, top_k = p.top_p if p.top_p < 1 else torch.inf, p.top_k or torch.inf
+    return [p.temperature, top_p, top_k, p.min_p, p.repetition_penalty]
+
+
+def penalised(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None) -> torch.Tensor:
+    """logits [B, .., V] with the repetition penalty of tokens `seen` [B, .., V], which is None when no row has one."""
+    if seen is None:
+        return logits
+    penalty = sampling.column("repetition_penalty", logits.dim())
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """logits [B, .., V] fp32 -> the distributions [B, .., V] to draw from; all on the best token where greedy."""
     best = logits.argmax(-1, keepdim=True)
     greedy = torch.zeros_like(logits).scatter_(-1, best, 1.0)
-    if all(p.temperature == 0 for p in params):
-        return greedy
-    probs = (logits / column(max(p.temperature, 1e-5) for p in params)).softmax(-1)  # colder is greedy in fp32
-    if any(p.cuts for p in params):
+    temperature, top_p, top_k, min_p, _ = (sampling.column(name, logits.dim()) for name in SETTINGS)
+    probs = (logits / temperature.clamp(min=1e-5)).softmax(-1)  # colder is greedy in fp32
+    if sampling.kind.cuts:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[-1], device=logits.device)
-        kept = rank < column(p.top_k or torch.inf for p in params)
-        kept &= ordered >= column(p.min_p for p in params) * ordered[:, :1]
-        ordered = ordered.where(kept, 0)
-        top_p = column(p.top_p if p.top_p < 1 else torch.inf for p in params)
-        dropped = ordered.cumsum(-1) - ordered >= top_p * ordered.sum(-1, keepdim=True)  # likelier ones reach it
-        dropped[:, 0] = False
-        cut = torch.zeros_like(probs).scatter_(-1, order, ordered.masked_fill(dropped, 0))
+        kept = ordered.masked_fill((rank >= top_k) | (ordered < min_p * ordered[..., :1]), 0)
+        dropped = kept.cumsum(-1) - kept >= top_p * kept.sum(-1, keepdim=True)  # likelier ones reach it
+        dropped[..., 0] = False
+        cut = torch.zeros_like(probs).scatter_(-1, order, kept.masked_fill(dropped, 0))
         # Rows without limits stay bit for bit what they are without such neighbours.
-        probs = torch.where(column(p.cuts for p in params) > 0, cut / cut.sum(-1, keepdim=True), probs)
-    return torch.where(column(p.temperature for p in params) == 0, greedy, probs)
+        limited = (top_p < torch.inf) | (top_k < torch.inf) | (min_p > 0)
+        probs = torch.where(limited, cut / cut.sum(-1, keepdim=True), probs)
+    return torch.where(temperature == 0, greedy, probs)
 
 
-def draw(probs: torch.Tensor, seed: torch.Tensor | None, position: torch.Tensor, stream: int) -> torch.Tensor:
+def draw(probs: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, stream: int) -> torch.Tensor:
     """
-    One token from each row of probs [B, V], which need not sum to one: [B]. Without a seed, the likeliest.
+    One token from each row of probs [B, V], which need not sum to one: [B].
 
     An exponential race: with E_v ~ Exp(1) the smallest E_v / p_v belongs to token v with probability p_v.
     """
-    if seed is None:
-        return probs.argmax(-1)
     race = -torch.log(uniform(seed, position, probs.shape[-1], stream))
     return (probs / race).argmax(-1)
 
 
+def choose(
+    logits: torch.Tensor, sampling: Sampling, position: torch.Tensor, stream: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """logits [B, V] -> tokens [B], and the distributions [B, V] they were drawn from; None when all rows are greedy."""
+    if not sampling.kind.random:
+        return logits.argmax(-1), None
+    probs = probabilities(logits, sampling)
+    return draw(probs, sampling.seed, position, stream), probs
+
+
 def accept(
-    p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, seed: torch.Tensor | None, position: torch.Tensor
+    p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The acceptance rule of speculative sampling (arXiv:2302.01318, algorithm 2): draft i, drawn from q_i, stays with
@@ -134,20 +183,33 @@ def accept(
     all stay, one more comes from p_N. Each token is then distributed exactly as if drawn from p.
 
     p [B, N + 1, V], q [B, N, V], drafts [B, N], seed [B], position [B] of the first draft -> tokens [B, N + 1], of
-    which the first n_accepted [B] + 1 count. Without a seed all rows are greedy: p and q have all on one token.
+    which the first n_accepted [B] + 1 count. A greedy row has p all on one token; it comes out whatever q is.
     """
     B, N = drafts.shape
     p_draft = p[:, :N].gather(-1, drafts[..., None])[..., 0]
     q_draft = q.gather(-1, drafts[..., None])[..., 0]
-    u: torch.Tensor | float = 0.0
-    if seed is not None:
-        at = position[:, None] + torch.arange(N, device=p.device)
-        u = uniform(seed.repeat_interleave(N), at.flatten(), 1, ACCEPT).view(B, N)
+    at = position[:, None] + torch.arange(N, device=p.device)
+    u = uniform(seed[:, None].expand(B, N).flatten(), at.flatten(), 1, ACCEPT).view(B, N)
     n_accepted = (u * q_draft < p_draft).long().cumprod(1).sum(1)
     batch = torch.arange(B, device=p.device)
-    residual = torch.cat([(p[:, :N] - q).clamp(min=0), p[:, N:]], dim=1)
-    # Where p and q are equal up to rounding, nothing may be left of the residual.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)[batch, n_accepted]
+    p_next = p[batch, n_accepted]
+    if N:
+        q_next = q[batch, n_accepted.clamp(max=N - 1)].masked_fill((n_accepted == N)[:, None], 0)
+        residual = (p_next - q_next).clamp(min=0)
+        # Where p and q are equal up to rounding, nothing may be left of the residual.
+        p_next = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     tokens = torch.cat([drafts, drafts.new_zeros(B, 1)], dim=1)
-    tokens[batch, n_accepted] = draw(residual, seed, position + n_accepted, TOKEN)
+    tokens[batch, n_accepted] = draw(p_next, seed, position + n_accepted, TOKEN)
     return tokens, n_accepted
+
+
+def verify(
+    logits: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, sampling: Sampling, position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `accept` for the model's logits [B, N + 1, V]. Greedy rows keep the drafts that are the best token in their place.
+    """
+    if sampling.kind.random:
+        return accept(probabilities(logits, sampling), q, drafts, sampling.seed, position)
+    best = logits.argmax(-1)
+    return best, (best[:, :-1] == drafts).long().cumprod(1).sum(1)

@@ -16,7 +16,7 @@ import torch
 from checkpoints import make_hf
 from engine import Request
 from llm import LLM
-from sampling import SamplingParams, probabilities
+from sampling import Sampling, SamplingParams, penalised, probabilities
 from text import StopStrings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,15 +101,16 @@ def test_top_k_and_min_p_leave_out_what_they_say():
         (SamplingParams(temperature=1, top_k=1), [1, 0, 0, 0]),
         (SamplingParams(temperature=1, top_k=99), [0.5, 0.25, 0.15, 0.1]),
     ):
-        torch.testing.assert_close(probabilities(logits, [params])[0], torch.tensor(expected, dtype=torch.float32))
+        probs = probabilities(logits, Sampling.of([params], torch.zeros(1).long()))
+        torch.testing.assert_close(probs[0], torch.tensor(expected, dtype=torch.float32))
 
 
 def test_repetition_penalty_is_for_tokens_already_there():
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.1]])
     seen = torch.tensor([[True, False, True, False]])
-    params = SamplingParams(temperature=1, repetition_penalty=2.0)
-    expected = torch.tensor([1.0, 1.9, -2.0, -1.1]).softmax(0)
-    torch.testing.assert_close(probabilities(logits, [params], seen)[0], expected)
+    sampling = Sampling.of([SamplingParams(temperature=1, repetition_penalty=2.0)], torch.zeros(1).long())
+    torch.testing.assert_close(penalised(logits, sampling, seen), torch.tensor([[1.0, 1.9, -2.0, -1.1]]))
+    assert penalised(logits, sampling, None).equal(logits)
 
 
 def test_repetition_penalty_with_drafts_is_that_of_one_token_at_a_time(random_llm):

@@ -1,9 +1,13 @@
-"""The decoding loop: exact with any drafts, any batch and any chunking, nothing computed twice, nothing left behind."""
+"""
+The decoding loop: exact with any drafts, any batch and any chunking, nothing computed twice, nothing left behind.
+Launching ahead and padding to the sizes of CUDA graphs are the same on the CPU, where a launch is the computation.
+"""
 
 from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from checkpoints import make_hf, oracle, read_weights, write_weights
 from engine import Engine, Request, Stats
 from errors import InputError
+from graphs import padded
 from llm import LLM, completion
 from sampling import SamplingParams
 from test_sampling import p_value
@@ -148,14 +153,16 @@ def test_greedy_is_the_same_with_drafts(folder, mtp, rows):
     assert 0.1 < stats.accepted[0] / stats.drafted[0] < 0.95, "the checkpoint should draft well, and not too well"
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("mtp", [0, 1, 3])
-def test_the_caches_end(folder, mtp):
-    """Prompt and completion together fill the cache, to the last token of it."""
+def test_the_caches_end(folder, mtp, run_ahead):
+    """Prompt and completion together fill the cache, to the last token of it. A step too many stays inside."""
     prompts = [[5, 6, 7, 8, 9] * 30] * 4
     prompts = [prompt[:n] for prompt, n in zip(prompts, (LENGTH - 1, LENGTH - 2, LENGTH - 9, LENGTH - 30), strict=True)]
     longer = load(folder, max_seq_len=2 * LENGTH)
     expected = [tokens(longer, [prompt], greedy(LENGTH - len(prompt)))[0] for prompt in prompts]
     llm = load(folder, mtp=mtp)
+    llm.engine.run_ahead = run_ahead
     completions = llm.generate([*prompts, *prompts[::-1]], greedy(200))
     assert [c.token_ids for c in completions] == [*expected, *expected[::-1]]
     assert {c.finish_reason for c in completions} == {"length"}
@@ -171,16 +178,23 @@ def draft_from(llm: LLM, monkeypatch, prompts: list[list[int]], n: int, right) -
     engine = llm.engine
     truth = [p + t for p, t in zip(prompts, tokens(llm, prompts, greedy(n + engine.n_drafts)), strict=True)]
 
-    def draft(requests, h, known, last, ends, step):
-        drafts = known.new_zeros(len(requests), engine.n_drafts)
-        for b, at in enumerate((step.positions[:, 0] + last + 2).tolist()):
+    in_row: dict[int, int] = {}  # whose continuation each row of the cache is
+
+    def admit(requests):
+        admitted = Engine._admit(engine, requests)
+        in_row.update({request.row: request.index for request in admitted})
+        return admitted
+
+    def draft(h, known, last, ends, step, sampling):
+        drafts = known.new_zeros(len(h), engine.n_drafts)
+        for b, (row, at) in enumerate(zip(step.rows.tolist(), (step.positions[:, 0] + last + 2).tolist(), strict=True)):
             for k in range(engine.n_drafts):
-                token = (truth[requests[b].index] + [0] * LENGTH)[at + k]
+                token = (truth[in_row[row]] + [0] * LENGTH)[at + k]
                 drafts[b, k] = token if right(at + k) else (token + 1) % VOCAB
-        engine.draft_probs[step.rows] = torch.nn.functional.one_hot(drafts, VOCAB).float()
         return drafts
 
-    monkeypatch.setattr(engine, "_draft", draft)
+    monkeypatch.setattr(engine, "_admit", admit)
+    monkeypatch.setattr(engine.decoder, "_draft", draft)
     fresh_stats(llm)
     return [whole[len(p) : len(p) + n] for p, whole in zip(prompts, truth, strict=True)]
 
@@ -243,8 +257,9 @@ def test_drafts_are_what_the_modules_say(folder, one_module, chunk, n_modules):
         if request.finish_reason is None:
             # So do rejected drafts: what its cache then holds stays.
             exact = 3 if n_modules == 1 or len(request.tokens) == 1 else 1
-            found = llm.engine.draft_probs[request.row, :exact]
-            torch.testing.assert_close(found, distributions(request.ids, request.drafts)[:exact], atol=1e-4, rtol=1e-3)
+            found = llm.engine.decoder.draft_probs[request.row, :exact]
+            drafts = llm.engine.decoder.tokens[request.row, 1:].tolist()
+            torch.testing.assert_close(found, distributions(request.ids, drafts)[:exact], atol=1e-4, rtol=1e-3)
             checked += exact
     assert checked > 25 and llm.stats.accepted[0] > 3
 
@@ -367,6 +382,137 @@ def test_stop_tokens_come_from_the_folder(folder):
     assert LLM(folder, device="cpu", max_seq_len=LENGTH).engine.stop_ids == {1}
 
 
+# --- a step ahead, and CUDA graphs ------------------------------------------------------------------------------------
+
+
+class Replays:
+    """Stands in for Graphs: runs again what was given first under each key, as a graph does, kernel by kernel."""
+
+    def __init__(self):
+        self.recorded: dict[Hashable, Callable] = {}
+        self.runs = 0
+
+    def run(self, key: Hashable, function: Callable):
+        self.runs += 1
+        return self.recorded.setdefault(key, function)()
+
+
+def with_replays(llm: LLM, run_ahead: bool = True) -> LLM:
+    llm.engine.decoder.graphs = Replays()
+    llm.engine.run_ahead = run_ahead
+    return llm
+
+
+def all_sorts_of_requests(n: int, seed: int = 0) -> list[Request]:
+    """Prompts and limits of many lengths; every setting there is, in changing company."""
+    rng = random.Random(seed)
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"temperature": 1.0, "top_k": 7, "logprobs": 2},
+        {"temperature": 0.0, "logprobs": 3},
+        {"temperature": 0.5, "min_p": 0.02, "repetition_penalty": 1.2},
+    ]
+    return [
+        Request(prompt, SamplingParams(**rng.choice(kinds), max_tokens=rng.choice((1, 2, 5, 9, 14))), i)
+        for i, prompt in enumerate(random_prompts(n, 30, seed))
+    ]
+
+
+def outcome(requests: list[Request]) -> tuple[list[tuple], torch.Tensor]:
+    """What must not change; and log-probabilities, which round otherwise in a batch of another size."""
+    alternatives = [[[i for i, _ in top] for _, top in r.logprobs] for r in requests]
+    values = [value for r in requests for own, top in r.logprobs for value in (own, *(value for _, value in top))]
+    exact = [(r.tokens, r.finish_reason, ids) for r, ids in zip(requests, alternatives, strict=True)]
+    return exact, torch.tensor(values)
+
+
+@pytest.mark.parametrize("mtp", [0, 1, 3])
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_a_step_ahead_and_graphs_change_nothing(folder, mtp, rows):
+    """Also where rows end without notice, at a stop token or because whoever reads has enough."""
+
+    def run(llm: LLM) -> tuple[list[tuple], torch.Tensor, Stats]:
+        llm.engine.stop_ids = frozenset(range(40))
+        requests = all_sorts_of_requests(9 if rows == 1 else 60)
+        for request, _ in llm.engine.run(requests):
+            if request.index % 5 == 0 and len(request.tokens) >= 4:
+                request.finish_reason = "stop"
+        assert sorted(llm.engine.free) == list(range(rows))
+        return *outcome(requests), llm.stats
+
+    expected, logprobs, plain = run(load(folder, mtp=mtp, max_batch_size=rows))
+    assert {reason for _, reason, _ in expected} == {"stop", "length"}
+    llm = with_replays(load(folder, mtp=mtp, max_batch_size=rows))
+    found, values, ahead = run(llm)
+    assert found == expected
+    torch.testing.assert_close(values, logprobs, atol=1e-4, rtol=0)
+    assert (ahead.new_tokens, ahead.row_tokens, ahead.accepted) == (plain.new_tokens, plain.row_tokens, plain.accepted)
+    graphs = llm.engine.decoder.graphs
+    assert graphs.runs == ahead.steps and {size for size, _ in graphs.recorded} <= {*range(1, 9), 16, 20}
+    assert found == run(with_replays(load(folder, mtp=mtp, max_batch_size=rows), run_ahead=False))[0]
+
+
+def test_sizes_of_graphs():
+    assert [padded(n, 64) for n in (1, 5, 8, 9, 16, 17, 63, 64)] == [1, 5, 8, 16, 16, 24, 64, 64]
+    assert [padded(n, 20) for n in (8, 9, 17, 20)] == [8, 16, 20, 20]
+
+
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_steps_are_launched_ahead_when_that_costs_nothing(folder, mtp, monkeypatch):
+    """As many steps as otherwise, and most launched before the last one's results were read."""
+    prompts = random_prompts(12, 9, seed=8)
+    plain, llm = load(folder, mtp=mtp), load(folder, mtp=mtp)
+    llm.engine.run_ahead, order = True, []
+    for name in ("_launch", "_read"):
+        real = getattr(llm.engine, name)
+        monkeypatch.setattr(llm.engine, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
+    assert tokens(llm, prompts, greedy(25)) == tokens(plain, prompts, greedy(25))
+    assert llm.stats == plain.stats and order.count("_launch") == order.count("_read") == llm.stats.steps
+    under_way = sum(order[:i].count("_launch") - order[:i].count("_read") == 2 for i in range(len(order)))
+    assert under_way > 0.6 * llm.stats.steps
+
+
+def test_a_step_ahead_of_an_interrupt_is_forgotten(folder):
+    fresh, llm = load(folder, mtp=2), load(folder, mtp=2, max_batch_size=1, keep_prefix=True)
+    llm.engine.run_ahead = True
+    prompt = random_prompts(1, 30, seed=9)[0]
+    whole = turn(fresh, prompt, n=50)[0]
+    for asked in (4, 6):
+        partial, _ = turn(llm, prompt, n=50, interrupted=After(asked))
+        assert 0 < len(partial) < 50 and partial == whole[: len(partial)]
+        longer = [*prompt, *partial, 11, 12]
+        answer, prefilled = turn(llm, longer)
+        assert answer == turn(fresh, longer)[0] and prefilled <= 3
+
+
+def test_rows_that_pad_a_graph_hold_nothing_any_more(folder):
+    """Nine of sixteen rows live, so that a graph for sixteen writes to the seven whose conversations may go on."""
+    llm, fresh = with_replays(load(folder, mtp=2, max_batch_size=16, keep_prefix=True)), load(folder, mtp=2)
+    prompts = [[i] * 30 for i in range(2, 18)]
+    answers = finish(llm, [Request(prompt, greedy(4), i) for i, prompt in enumerate(prompts)])
+    finish(llm, [Request([*prompts[i], *answers[i], 9], greedy(60), i) for i in range(9)])
+    assert llm.engine.decoder.position[llm.engine.free[:7]].eq(0).all(), "else their own cache would be read, too"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        longer = [*prompt, *answer, 7]
+        assert turn(llm, longer)[0] == turn(fresh, longer)[0]
+
+
+def test_the_rule_for_drafts_can_be_replaced(folder):
+    """As a benchmark does, whose random weights would accept nothing."""
+
+    def all_stay(logits, q, drafts, sampling, position):
+        return logits.argmax(-1), torch.full_like(position, drafts.shape[1])
+
+    model = load(folder, mtp=2).model
+    engine = Engine(model, 2, LENGTH, n_drafts=2, verify=all_stay)
+    for _ in engine.run([Request([5, 6], greedy(10), i) for i in range(2)]):
+        pass
+    assert engine.stats.accepted == engine.stats.drafted == [6, 6] and engine.stats.steps == 3
+
+
 # --- turns of a conversation ------------------------------------------------------------------------------------------
 
 
@@ -486,8 +632,8 @@ def test_only_the_cache_grows_with_its_length(folder):
         for _ in engine.run([Request([5, 6, 7], greedy(9), i) for i in range(4)]):
             pass
         layers, per_token = TINY["num_hidden_layers"] + 2, TINY["kv_lora_rank"] + TINY["qk_rope_head_dim"]
-        assert engine.cache.nbytes == layers * 3 * length * per_token * 4
-        others.append(live_bytes() - before - engine.cache.nbytes)
+        assert engine.decoder.cache.nbytes == layers * 3 * length * per_token * 4
+        others.append(live_bytes() - before - engine.decoder.cache.nbytes)
         del engine, _
     assert others[0] == others[1] >= 3 * 2 * VOCAB * 4
 
@@ -520,3 +666,69 @@ def test_streamed_text_is_the_whole_text(folder, size):
         decoder = StreamDecoder(tokenizer)
         pieces = [decoder.add(ids[i : i + size]) for i in range(0, len(ids), size)]
         assert "".join(pieces) + decoder.end() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+SHIPPED = Path(__file__).resolve().parents[1] / "tiny" / "checkpoint"
+
+
+def shipped(rows: int, mtp: int, **options) -> LLM:
+    return LLM(SHIPPED, device="cuda", max_batch_size=rows, max_seq_len=256, mtp=mtp, **options)
+
+
+def questions(llm: LLM, n: int, params: list[SamplingParams]) -> list[Request]:
+    words = "kiln violin person furnace dog river song wheel horse bread".split()
+    asked = [f"{start} {word}?" for start in ("What is a", "Tell me, what is a", "Define") for word in words]
+    return [Request(llm.encode(asked[i % 30]), params[i % len(params)], i) for i in range(n)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("mtp", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_gpu_graphs_equal_the_kernels_one_by_one(rows, mtp, sampled):
+    """Through fewer rows than prompts. Then once more, and nothing is recorded a second time."""
+    params = [greedy(30), greedy(12)]
+    if sampled:
+        params += [SamplingParams(1.0, max_tokens=20), SamplingParams(0.7, 0.9, 25), SamplingParams(0.8, top_k=9)]
+        params += [SamplingParams(0.0, repetition_penalty=1.3), SamplingParams(1.0, min_p=0.1, logprobs=2)]
+    llm, one_by_one = shipped(rows, mtp), with_replays(shipped(rows, mtp))
+    expected = finish(one_by_one, questions(one_by_one, 3 * rows, params))
+    assert finish(llm, questions(llm, 3 * rows, params)) == expected
+    recorded = dict(llm.engine.decoder.graphs.recorded)
+    assert recorded.keys() == one_by_one.engine.decoder.graphs.recorded.keys()
+    assert finish(llm, questions(llm, 3 * rows, params)) == expected
+    assert llm.engine.decoder.graphs.recorded == recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_gpu_without_graphs_answers_the_same(mtp):
+    """Nearly: without padding and with shorter bounds other kernels may be chosen, which round otherwise."""
+    llm, eager = shipped(20, mtp), shipped(20, mtp, cuda_graph=False)
+    assert eager.engine.decoder.graphs is None
+    answers = finish(llm, questions(llm, 60, [greedy(40)]))
+    others = finish(eager, questions(eager, 60, [greedy(40)]))
+    assert sum(a == b for a, b in zip(answers, others, strict=True)) >= 54
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("params", [greedy(40), SamplingParams(0.8, 0.9, 40)], ids=["greedy", "sampled"])
+def test_gpu_a_steady_step_waits_for_nothing(params, monkeypatch):
+    llm = shipped(4, 1)
+    llm.engine.stop_ids = frozenset()
+    finish(llm, questions(llm, 4, [params]))  # records
+    real, launched = llm.engine.decoder.step, []
+
+    def step(rows, spare, kind, kv_len):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(rows, spare, kind, kv_len)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            launched.append(kv_len)
+
+    monkeypatch.setattr(llm.engine.decoder, "step", step)
+    finish(llm, questions(llm, 4, [params]))
+    assert len(launched) > 15

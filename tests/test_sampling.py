@@ -9,7 +9,7 @@ import torch
 
 import sampling
 from errors import InputError
-from sampling import ACCEPT, DRAFT, TOKEN, SamplingParams, accept, draw, probabilities, uniform
+from sampling import ACCEPT, DRAFT, TOKEN, Sampling, SamplingParams, accept, choose, draw, penalised, uniform, verify
 
 V = 6
 TRIALS = 100_000
@@ -34,6 +34,14 @@ def one_hot(*tokens: int) -> torch.Tensor:
 
 
 # --- probabilities ----------------------------------------------------------------------------------------------------
+
+
+def sampling_of(params: list[SamplingParams]) -> Sampling:
+    return Sampling.of(params, torch.arange(len(params)))
+
+
+def probabilities(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    return sampling.probabilities(logits, sampling_of(params))
 
 
 def kept(probs: list[float], top_p: float) -> list[float]:
@@ -278,6 +286,48 @@ def test_acceptance_does_not_depend_on_the_batch():
         one = slice(i, i + 1)
         token, n = accept(p[one], q[one], drafts[one], seed[one], position[one])
         assert n == n_accepted[i] and token.equal(tokens[one])
+
+
+@pytest.mark.parametrize("N", [0, 1, 3])
+def test_greedy_rows_need_no_distributions(N):
+    """An argmax says what the acceptance rule says of one-hot distributions, whatever q is: nobody keeps it then."""
+    generator = torch.Generator().manual_seed(7)
+    B = 400
+    logits = torch.randn(B, N + 1, V, generator=generator)
+    right = torch.rand(B, N, generator=generator) < 0.7
+    drafts = torch.where(right, logits[:, :N].argmax(-1), torch.randint(V, (B, N), generator=generator))
+    position = torch.arange(B)
+    params = [SamplingParams(0.0)] * B
+    tokens, n_accepted = verify(logits, None, drafts, sampling_of(params), position)
+    assert len(n_accepted.unique()) == N + 1
+    mixed = sampling_of([*params[:-1], SamplingParams(1.0)])
+    for q in (torch.zeros(B, N, V), torch.ones(B, N, V), torch.rand(B, N, V, generator=generator)):
+        others, n = verify(logits, q, drafts, mixed, position)
+        assert n[:-1].equal(n_accepted[:-1])
+        for row in range(B - 1):
+            assert tokens[row, : n[row] + 1].equal(others[row, : n[row] + 1])
+
+
+def test_choose_is_draw_of_probabilities():
+    logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(8))
+    position = torch.arange(9)
+    for params in ([SamplingParams(0.0)] * 9, [SamplingParams(0.0), SamplingParams(1.0), SamplingParams(0.7, 0.8)] * 3):
+        token, probs = choose(logits, sampling_of(params), position, DRAFT)
+        expected = probabilities(logits, params)
+        assert token.equal(draw(expected, torch.arange(9), position, DRAFT))
+        assert (probs is None and params[1].temperature == 0) or probs.equal(expected)
+
+
+def test_all_positions_of_a_row_share_its_settings():
+    logits = torch.randn(4, 3, 30, generator=torch.Generator().manual_seed(9)) * 3
+    params = [SamplingParams(0.0), SamplingParams(1.0), SamplingParams(0.7, 0.9), SamplingParams(2.0, min_p=0.1)]
+    together = probabilities(logits, params)
+    for i in range(3):
+        assert together[:, i].equal(probabilities(logits[:, i], params))
+    seen = torch.rand(4, 3, 30, generator=torch.Generator().manual_seed(10)) < 0.5
+    punished = sampling_of([SamplingParams(0.0, repetition_penalty=1 + i) for i in range(4)])
+    for i in range(3):
+        assert penalised(logits, punished, seen)[:, i].equal(penalised(logits[:, i], punished, seen[:, i]))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
