@@ -431,7 +431,7 @@ def main() -> None:
     startup["weights_gb_per_s"] = gb / startup["weights"]
     print(f"{options.config or options.ckpt_path}: {bench.args.n_layers} layers, {bench.args.dtype}, ", end="")
     print(f"{bench.parallel.world_size} x {device}, torch {torch.__version__}, drafts {options.mtp}")
-    print(f"{bench.parallel.sums}\n")
+    print(f"{bench.parallel.sums}\n" if bench.parallel.sums else "")
     print(report(results))
     print(f"\nstart-up: {', '.join(f'{name} {figure(value)}' for name, value in startup.items())} (s)")
     print(f"weights: {gb:.3f} GB a rank in {startup['weights']:.2f} s")

@@ -4,17 +4,55 @@ from __future__ import annotations
 
 import atexit
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
 from errors import InputError
 
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.
 IDLE_TIMEOUT = timedelta(days=365)
+# A sum of up to so many bytes takes one kernel in which every rank reads all of the others' data; up to the second
+# limit two halves, each rank summing its share for all; beyond it NCCL. Measured on 4 H200s, with 14 KiB a token:
+# 1 token 7 us (NCCL 23), 64 tokens 12 us (29), 512 tokens 44 us (69), 4,096 tokens 294 us (310).
+ONE_SHOT_BYTES = 128 << 10
+TWO_SHOT_BYTES = 16 << 20
+
+
+class SymmetricMemory:
+    """
+    Memory of this rank that the other GPUs of the host read and write directly, and sums through it.
+
+    Every rank adds in the order of the ranks, in the type of `x`, so the sums are the same to the last bit on all of
+    them. Sums must be made in the same order on every rank, on one stream; they can be part of a CUDA graph. Multicast
+    is not used.
+    """
+
+    WORLD_SIZES = (2, 4, 8)  # that the kernels are compiled for
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group_name = group.group_name
+        self.buffer = symm_mem.empty(TWO_SHOT_BYTES, dtype=torch.uint8, device=device)
+        symm_mem.rendezvous(self.buffer, group)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `x` is small enough and laid out for it: the same answer on every rank, as nothing else counts."""
+        aligned = x.nbytes % 16 == 0 and x.storage_offset() * x.itemsize % 16 == 0
+        summable = x.dtype in (torch.bfloat16, torch.float32) and x.is_contiguous()
+        return aligned and summable and 0 < x.nbytes <= TWO_SHOT_BYTES
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum of `x` over the ranks, in place."""
+        shared = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        shared.copy_(x)
+        if x.nbytes <= ONE_SHOT_BYTES:
+            torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", self.group_name, x)
+        else:
+            torch.ops.symm_mem.two_shot_all_reduce_out(shared, "sum", self.group_name, x)
 
 
 @dataclass(frozen=True)
@@ -23,7 +61,8 @@ class Parallel:
     Rank `rank` of `world_size`; the default is a single process.
 
     `expert_parallel`: a rank holds whole routed experts instead of a slice of each. `group` joins tensors (None: the
-    default one), `control` carries Python objects from rank 0 and may wait for ever.
+    default one), `control` carries Python objects from rank 0 and may wait for ever. `symmetric`: what small sums go
+    through, where GPUs can; `sums` says of the choice what a user may want to know.
     """
 
     rank: int = 0
@@ -31,10 +70,14 @@ class Parallel:
     expert_parallel: bool = False
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    symmetric: SymmetricMemory | None = None
+    sums: str = ""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of `x` over the ranks, in place."""
-        if self.world_size > 1:
+        if self.symmetric is not None and self.symmetric.takes(x):
+            self.symmetric.all_reduce(x)
+        elif self.world_size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -68,6 +111,27 @@ def choose_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def share_memory(control: dist.ProcessGroup, device: torch.device) -> tuple[SymmetricMemory | None, str]:
+    """Symmetric memory if the ranks can have it, else None, and a line on what sums go through. All ranks agree."""
+    world_size = dist.get_world_size()
+    if world_size not in SymmetricMemory.WORLD_SIZES:
+        return None, f"sums through NCCL: shared memory is for {SymmetricMemory.WORLD_SIZES} ranks"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != world_size:
+        return None, "sums through NCCL: the ranks are on different hosts"
+    pairs = ((i, j) for i in range(world_size) for j in range(world_size) if i != j)
+    if not all(torch.cuda.can_device_access_peer(i, j) for i, j in pairs):
+        return None, "sums through NCCL: not every GPU can access every other's memory"
+    try:
+        memory, why = SymmetricMemory(dist.group.WORLD, device), ""
+    except RuntimeError as error:  # some containers forbid what sharing memory takes
+        memory, why = None, str(error).splitlines()[0]
+    reasons: list[str] = [""] * world_size
+    dist.all_gather_object(reasons, why, group=control)
+    if any(reasons):
+        return None, f"sums through NCCL: {next(filter(None, reasons))}"
+    return memory, f"sums of up to {TWO_SHOT_BYTES >> 20} MB through shared GPU memory"
+
+
 def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, torch.device]:
     """The Parallel and the device of this process, from torchrun's environment; a single process without it."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -77,7 +141,13 @@ def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, to
     torch_device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if world_size == 1:
         return Parallel(expert_parallel=expert_parallel), torch_device
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # multicast needs rights that containers lack
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
     atexit.register(dist.destroy_process_group)  # else gloo's threads now and then abort the process as it ends
-    return Parallel(dist.get_rank(), world_size, expert_parallel, control=control), torch_device
+    parallel = Parallel(dist.get_rank(), world_size, expert_parallel, control=control)
+    if device == "cuda":
+        symmetric, sums = share_memory(control, torch_device)
+        parallel = replace(parallel, symmetric=symmetric, sums=sums)
+    return parallel, torch_device

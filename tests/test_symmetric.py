@@ -1,0 +1,185 @@
+"""
+Sums through symmetric memory: on GPUs against NCCL's inputs added in fp32, by `torchrun test_symmetric.py`; on a CPU,
+when they are used at all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import parallel
+from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, share_memory
+
+TOKENS = (1, 2, 3, 7, 8, 9, 64, 65, 511, 512, 1170, 1171, 4096)
+DIM = 7168
+ODD = ((1,), (8,), (5, 3, 8), (1023, 9), (129, 130), (3, 7, 1))  # of these some are left to NCCL
+
+
+# --- on several GPUs: every rank runs this ----------------------------------------------------------------------------
+
+
+def part(shape: tuple[int, ...], dtype: torch.dtype, seed: int, rank: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(1000 * seed + rank)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def check(ranks: Parallel, found: torch.Tensor, seed: int) -> None:
+    """Against the sum in fp64: every addition rounds once. And the same bits everywhere."""
+    parts = [part(found.shape, found.dtype, seed, rank, found.device).double() for rank in range(ranks.world_size)]
+    unit = torch.finfo(found.dtype).eps / 2
+    bound = 1.02 * unit * (ranks.world_size - 1) * sum(x.abs() for x in parts) + 1e-30
+    assert bool(((found.double() - sum(parts)).abs() <= bound).all()), f"{found.shape=} {found.dtype=}"
+    everyone = [torch.empty_like(found) for _ in range(ranks.world_size)]
+    dist.all_gather(everyone, found)
+    bits = torch.int16 if found.dtype == torch.bfloat16 else torch.int32
+    assert all(torch.equal(x.view(bits), found.view(bits)) for x in everyone), f"{found.shape=}: ranks differ"
+
+
+def rank_main() -> None:
+    ranks, device = join_ranks("cuda")
+    assert ranks.symmetric is not None, ranks.sums
+    through_nccl, nccl = [], dist.all_reduce
+    dist.all_reduce = lambda x, group=None: (through_nccl.append(x.shape), nccl(x, group=group))
+
+    def summed(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+        x = part(shape, dtype, seed, ranks.rank, device)
+        assert ranks.all_reduce(x) is x
+        return x
+
+    shapes = [(tokens, DIM) for tokens in TOKENS] + list(ODD)
+    for seed, shape in enumerate(shapes):
+        for dtype in (torch.bfloat16, torch.float32):
+            check(ranks, summed(shape, dtype, seed), seed)
+    large = sum(tokens * DIM * size > TWO_SHOT_BYTES for tokens in TOKENS for size in (2, 4))
+    odd = sum(torch.Size(shape).numel() * size % 16 > 0 for shape in ODD for size in (2, 4))
+    assert len(through_nccl) == large + odd, through_nccl
+
+    # Many in a row, no rank waiting for another in between: a rank that is late reads what it should.
+    results = []
+    for seed in range(300):
+        if seed % 50 == ranks.rank:
+            torch.cuda._sleep(2_000_000)
+        results.append(summed((TOKENS[seed % 9], DIM), torch.bfloat16, seed))
+    for seed, result in enumerate(results):
+        check(ranks, result, seed)
+
+    inputs = [torch.zeros(tokens, DIM, dtype=torch.bfloat16, device=device) for tokens in (1, 8, 64, 512)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = [ranks.all_reduce(x.clone()) for x in inputs]
+    for replay in range(5):
+        for i, x in enumerate(inputs):
+            x.copy_(part(x.shape, x.dtype, 10 * replay + i, ranks.rank, device))
+        graph.replay()
+        for i, output in enumerate(outputs):
+            check(ranks, output, 10 * replay + i)
+    torch.cuda.synchronize()
+    print(f"rank {ranks.rank}: {ranks.sums}", flush=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_sums_on_gpus(n):
+    if torch.cuda.device_count() < n:
+        pytest.skip(f"needs {n} GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", __file__]
+    path = os.pathsep.join([str(Path(parallel.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("through shared GPU memory") == n
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x, taken",
+    [
+        (torch.zeros(1, DIM, dtype=torch.bfloat16), True),
+        (torch.zeros(TWO_SHOT_BYTES // 4), True),
+        (torch.zeros(TWO_SHOT_BYTES // 4 + 4), False),
+        (torch.zeros(4), True),
+        (torch.zeros(5), False),
+        (torch.zeros(9)[1:], False),
+        (torch.zeros(12)[4:], True),
+        (torch.zeros(0), False),
+        (torch.zeros(8, 8).t(), False),
+        (torch.zeros(8, dtype=torch.int64), False),
+        (torch.zeros(8, dtype=torch.float64), False),
+    ],
+)
+def test_what_goes_through_it(x, taken):
+    assert SymmetricMemory.takes(None, x) is taken
+
+
+@pytest.mark.parametrize("nbytes, one_shot", [(16, True), (ONE_SHOT_BYTES, True), (ONE_SHOT_BYTES + 16, False)])
+def test_one_or_two_shots(monkeypatch, nbytes, one_shot):
+    """The kernel gets the data in shared memory, in the caller's type and shape, and the caller's tensor as output."""
+    memory = SymmetricMemory.__new__(SymmetricMemory)
+    memory.group_name, memory.buffer = "0", torch.full((TWO_SHOT_BYTES,), 0xEE, dtype=torch.uint8)
+    calls = []
+
+    def kernel(name):
+        def op(shared, how, group_name, out):
+            assert (how, group_name) == ("sum", "0") and shared.shape == out.shape and shared.dtype == out.dtype
+            assert shared.data_ptr() == memory.buffer.data_ptr() and torch.equal(shared, out)
+            calls.append(name)
+            out.copy_(3 * shared)
+
+        return op
+
+    monkeypatch.setattr(torch.ops.symm_mem, "one_shot_all_reduce_out", kernel("one"), raising=False)
+    monkeypatch.setattr(torch.ops.symm_mem, "two_shot_all_reduce_out", kernel("two"), raising=False)
+    x = torch.randn(nbytes // 8, 2)
+    wanted = 3 * x
+    assert Parallel(0, 2, symmetric=memory).all_reduce(x) is x and torch.equal(x, wanted)
+    assert calls == ["one" if one_shot else "two"]
+
+
+class Refusing(SymmetricMemory):
+    def __init__(self, group, device):
+        raise RuntimeError("pidfd_getfd: not permitted\nmore")
+
+
+@pytest.mark.parametrize(
+    "world_size, local, peers, refuse, others, reason",
+    [
+        (3, 3, True, False, "", "for (2, 4, 8) ranks"),
+        (16, 8, True, False, "", "for (2, 4, 8) ranks"),
+        (4, 2, True, False, "", "different hosts"),
+        (4, 4, False, False, "", "not every GPU can access"),
+        (4, 4, True, True, "", "pidfd_getfd: not permitted"),
+        (4, 4, True, False, "rank 2 failed", "rank 2 failed"),
+        (4, 4, True, False, "", None),
+    ],
+)
+def test_when_it_is_not_used(monkeypatch, world_size, local, peers, refuse, others, reason):
+    class Granting(SymmetricMemory):
+        def __init__(self, group, device):
+            pass
+
+    def gather(found, own, group):
+        found[:] = [own] * world_size
+        found[2] = found[2] or others
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: peers or (i, j) != (3, 1))
+    monkeypatch.setattr(parallel, "SymmetricMemory", Refusing if refuse else Granting)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    memory, line = share_memory(None, torch.device("cuda"))
+    if reason is None:
+        assert memory is not None and line == "sums of up to 16 MB through shared GPU memory"
+    else:
+        assert memory is None and line.startswith("sums through NCCL: ") and reason in line and "\n" not in line
+
+
+if __name__ == "__main__":
+    rank_main()
