@@ -4,8 +4,9 @@ How fast the converters are against `cp` of the same folder on the same disk, an
     python benchmarks/converters.py --folder DIR [--rounds 3] [--layers 2] [--experts 192]
 
 writes a synthetic checkpoint with DeepSeek-V3's tensor sizes, of so many layers and experts, into DIR. A round is then
-`cp`, convert.py, convert.py --to-hf, fp8_cast_bf16.py and bf16_cast_fp8.py, each in a process of its own, with the input
-out of the system's cache before and the output synced to the disk at the end. The last line is JSON with the medians.
+`cp`, convert.py, convert.py --to-hf, fp8_cast_bf16.py and bf16_cast_fp8.py, each in a process of its own under
+`/usr/bin/time -v`, with the input out of the system's cache before and the output synced to the disk at the end. The
+last line is JSON with the medians.
 
 Rates are of bytes read and written together, so that a cast, which writes twice what it reads or half of it, compares.
 """
@@ -118,22 +119,24 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def timed(command: list, source: Path, target: Path) -> tuple[float, float, int]:
-    """Seconds, GB of peak memory and bytes moved of a command that makes `target` of `source`."""
+def timed(command: list, source: Path, target: Path) -> tuple[float, float, float]:
+    """Seconds, seconds of CPU time and GB of peak memory of a command that makes `target` of `source`."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     for path in source.iterdir():
         drop_cache(path)
+    report = source.parent / "time.txt"
     began = time.perf_counter()
-    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    # A process started by this one counts this one's memory as its own peak; one that `time` starts does not.
+    line = ["/usr/bin/time", "-v", "-o", report, *command]
+    done = subprocess.run(list(map(str, line)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     os.sync()
     seconds = time.perf_counter() - began
-    if child.returncode:
-        sys.exit(f"{command}: {errors.decode()[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024 / 1e9, folder_bytes(source) + folder_bytes(target)
+    if done.returncode:
+        sys.exit(f"{command}: {done.stderr[-2000:]}")
+    said = dict(line.strip().rsplit(": ", 1) for line in report.read_text().splitlines())
+    cpu = sum(float(said[f"{kind} time (seconds)"]) for kind in ("User", "System"))
+    return seconds, cpu, int(said["Maximum resident set size (kbytes)"]) * 1024 / 1e9
 
 
 def main() -> None:
@@ -183,10 +186,11 @@ def main() -> None:
     peaks = dict.fromkeys(cases, 0.0)
     for number in range(1, options.rounds + 1):
         for name, (command, source, target, remove) in cases.items():
-            seconds, peak, nbytes = timed(command, source, target)
-            rates[name].append(nbytes / 1e9 / seconds)
+            seconds, cpu, peak = timed(command, source, target)
+            moved = (folder_bytes(source) + folder_bytes(target)) / 1e9
+            rates[name].append(moved / seconds)
             peaks[name] = max(peaks[name], peak)
-            line = f"round {number}  {name:16} {nbytes / 1e9:6.1f} GB moved in {seconds:6.1f} s"
+            line = f"round {number}  {name:16} {moved:6.1f} GB moved in {seconds:6.1f} s, {cpu:6.1f} s of CPU time"
             print(f"{line}  {rates[name][-1]:5.2f} GB/s  peak memory {peak:.2f} GB", flush=True)
             for folder in remove:
                 shutil.rmtree(folder)

@@ -40,6 +40,7 @@ from dummy import fill_dummy
 from engine import Engine, Request
 from errors import InputError, is_first, positive, run_command
 from floor import decode_bytes, floor_seconds, prefill_flops
+from fused import argmax
 from llm import check_memory, weights_in_memory
 from model import Gate, Transformer
 from parallel import Parallel, choose_device, join_ranks
@@ -140,7 +141,7 @@ def accepting(rate: float) -> Callable:
     def rule(logits: torch.Tensor, q: Any, drafts: torch.Tensor, sampling: Sampling, position: torch.Tensor):
         stays = uniform(sampling.seed, position, drafts.shape[1], ACCEPT) < rate
         n_accepted = stays.long().cumprod(1).sum(1)
-        best = logits.argmax(-1)
+        best = argmax(logits.flatten(0, 1)).view(logits.shape[:2])
         kept = torch.arange(best.shape[1], device=best.device) < n_accepted[:, None]
         return torch.where(kept, torch.cat([drafts, best[:, -1:]], dim=1), best), n_accepted
 
@@ -164,14 +165,14 @@ def decode_pass(bench: Bench, rows: int, length: int) -> Callable[[], Any]:
     def run() -> torch.Tensor:
         step = model.step((rows, 1 + N), start_pos, None, length + 1 + N)
         h = model.hidden(tokens, step, cache)
-        new = model.logits(h).argmax(-1)
+        new = argmax(model.logits(h).flatten(0, 1)).view(rows, 1 + N)
         for k in range(N):
             if k >= len(model.mtp):  # the last module goes on alone, from its own output
                 h, new = h[:, -1:], new[:, -1:]
                 step = model.step((rows, 1), start_pos + N + 1 + k - len(model.mtp), None, length + 1 + 2 * N)
             h = model.draft(min(k, len(model.mtp) - 1), h, new, step, cache)
             new = new.clone()
-            new[:, -1] = model.logits(h[:, -1]).argmax(-1)
+            new[:, -1] = argmax(model.logits(h[:, -1]))
         return new
 
     return run

@@ -2,11 +2,11 @@
 Cast a BF16 Hugging Face checkpoint to FP8, such as one that was fine-tuned in BF16:
 
     python inference/bf16_cast_fp8.py --input-bf16-hf-path DIR --output-fp8-hf-path DIR [--scale-fmt ue8m0]
-        [--device auto|cuda|cpu]
+        [--device auto|cuda|cpu] [--verify]
 
 The weights that released FP8 checkpoints hold in FP8 become e4m3 with a scale per 128 x 128 block, which lies beside
 its weight as `weight_scale_inv`; all other tensors keep type and value. `--scale-fmt ue8m0` makes the scales powers of
-two, as V3.1 has them. Memory holds one tensor.
+two, as V3.1 has them. It goes on where it stopped when run again after an interruption (see output.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 
-from cast import cast_folder, open_source
+from cast import SCALE, cast_folder, dequantise, open_source
 from checkpoint import tensor_specs
 from config import BLOCK_SIZE
 from errors import InputError, run_command
-from kernel import E4M3, MIN_AMAX, UE8M0, weight_dequant, weight_quant
+from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
+from output import Piece
 from parallel import choose_device
 
 
-def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None = None) -> None:
+def cast(
+    source: Path, target: Path, device: torch.device, scale_fmt: str | None = None, verify: bool = False
+) -> None:
     """
     Write `target`, an FP8 Hugging Face checkpoint, from the BF16 one in `source`, computing on `device`.
 
@@ -38,48 +41,59 @@ def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None
     checkpoint.check()
     fp8_args = replace(checkpoint.args, dtype="fp8", scale_fmt=scale_fmt)
     scales = {spec.hf_name: spec.shape for spec in tensor_specs(fp8_args).values() if spec.is_scale}
-    exact, most = 0, 0.0
 
-    def compute(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        nonlocal exact, most
-        if name + "_scale_inv" not in scales:
-            return {name: value}
-        value = value.to(device)
-        largest = value.abs().amax()
+    def compute(piece: Piece) -> tuple[list[torch.Tensor], tuple[float, float] | None]:
+        """The rows, or their codes and scales with the largest error and the largest value."""
+        rows = checkpoint.read(piece.name, (slice(piece.first, piece.last),))
+        if piece.name + SCALE not in scales:
+            return [rows], None
+        rows = rows.to(device)
+        largest = rows.abs().amax()
         if not largest.isfinite():
-            raise InputError(f"{checkpoint.tensors[name].file.path}: {name} holds NaN or infinite values")
-        quantised, scale = weight_quant(value, scale_fmt)
-        error = weight_dequant(quantised, scale).sub_(value).abs_().amax()
-        exact += int(error == 0)
-        most = max(most, float(error / largest.clamp(min=MIN_AMAX)))
-        return {name: quantised, name + "_scale_inv": scale}
+            path = checkpoint.tensors[piece.name].file.path
+            raise InputError(f"{path}: {piece.name} holds NaN or infinite values")
+        quantised, scale = weight_quant(rows, scale_fmt)
+        error = dequantise(quantised, scale).sub_(rows).abs_().amax()
+        return [quantised, scale], (float(error), float(largest))
 
     layouts = {}
     for name, tensor in checkpoint.tensors.items():
         layouts[name] = {name: (tensor.dtype, tensor.shape)}
-        if (shape := scales.get(name + "_scale_inv")) is not None:
-            layouts[name] = {name: (E4M3, tensor.shape), name + "_scale_inv": (torch.float32, shape)}
+        if (shape := scales.get(name + SCALE)) is not None:
+            layouts[name] = {name: (E4M3, tensor.shape), name + SCALE: (torch.float32, shape)}
     quantization = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
     } | ({"scale_fmt": scale_fmt} if scale_fmt else {})
-    summary = cast_folder(checkpoint, target, layouts, compute, quantization)
-    loss = f"; others differ by up to {most:.2%} of their matrix's largest value" if exact < len(scales) else ""
-    print(f"{len(scales)} weights quantised; cast back to BF16, {exact} are what they were{loss}")
-    print(summary)
+    settings = {"command": "bf16_cast_fp8", "device": device.type, "scale_fmt": scale_fmt}
+    results = cast_folder(checkpoint, target, layouts, compute, quantization, settings, verify)
+
+    errors: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    for piece, result in results:
+        if result is not None:
+            errors[piece.name], sizes[piece.name] = (
+                max(new, old.get(piece.name, 0.0)) for new, old in zip(result, (errors, sizes), strict=True)
+            )
+    exact = sum(error == 0 for error in errors.values())
+    most = max((error / max(sizes[name], MIN_AMAX) for name, error in errors.items()), default=0.0)
+    loss = f"; others differ by up to {most:.2%} of their matrix's largest value" if exact < len(errors) else ""
+    print(f"{len(errors)} weights quantised; cast back to BF16, {exact} are what they were{loss}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cast a BF16 Hugging Face checkpoint to FP8 in 128 x 128 blocks.")
-    parser.add_argument("--input-bf16-hf-path", type=Path, required=True, help="BF16 folder")
-    parser.add_argument("--output-fp8-hf-path", type=Path, required=True, help="folder to write: new or empty")
-    parser.add_argument("--scale-fmt", choices=(UE8M0,), help="scales rounded up to powers of two (V3.1)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    add = parser.add_argument
+    add("--input-bf16-hf-path", type=Path, required=True, help="BF16 folder")
+    add("--output-fp8-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")
+    add("--scale-fmt", choices=(UE8M0,), help="scales rounded up to powers of two (V3.1)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
     args = parser.parse_args()
     device = torch.device(choose_device(args.device))
-    cast(args.input_bf16_hf_path, args.output_fp8_hf_path, device, args.scale_fmt)
+    cast(args.input_bf16_hf_path, args.output_fp8_hf_path, device, args.scale_fmt, args.verify)
 
 
 if __name__ == "__main__":

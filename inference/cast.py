@@ -1,22 +1,21 @@
-"""What fp8_cast_bf16.py and bf16_cast_fp8.py share: a Hugging Face folder rewritten tensor by tensor, file by file."""
+"""What fp8_cast_bf16.py and bf16_cast_fp8.py share: a Hugging Face folder rewritten file by file."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
-from config import ModelArgs, read_json
+from config import BLOCK_SIZE, ModelArgs, read_json
 from errors import InputError
-from output import copy_other_files, new_folder, write_index, write_json
-from safetensors_io import SafetensorsWriter
+from kernel import cdiv, weight_dequant
+from output import Conversion, Piece, Target, convert_folder, cut, to_json
+from safetensors_io import Layout, Tensors
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+SCALE = "_scale_inv"  # what the name of a weight's scale ends in
 
 
 def open_source(source: Path) -> Checkpoint:
@@ -29,45 +28,58 @@ def open_source(source: Path) -> Checkpoint:
 def cast_folder(
     checkpoint: Checkpoint,
     target: Path,
-    layouts: dict[str, Layout],
-    compute: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
+    layouts: dict[str, Tensors],
+    compute: Callable[[Piece], tuple[list[torch.Tensor], Any]],
     quantization: dict[str, Any] | None,
-) -> str:
+    settings: dict[str, Any],
+    verify: bool,
+) -> list[tuple[Piece, Any]]:
     """
-    Write `target`, where each tensor of `layouts` becomes the tensors it lays out; `compute` makes them of its value.
+    Write `target`, where each tensor named in `layouts` becomes the tensors laid out there: itself in another type or
+    the same, and its scale, if so. `compute` makes rows of these of rows of the tensor.
 
     They go into the file of the same name as the one it came from. The new config.json has `quantization` as its
-    quantization_config, or none. Returns the summary. Memory holds one tensor and what it becomes.
+    quantization_config, or none. Returns the pieces with what `compute` said of each.
     """
-    began = time.perf_counter()
-    source, config = checkpoint.path, cast_config(read_json(checkpoint.path / CONFIG_FILE), quantization)
+    config = cast_config(read_json(checkpoint.path / CONFIG_FILE), quantization)
     ModelArgs.from_hf(config)  # what is written must be readable again
+    file_of = {name: tensor.file.path.name for name, tensor in checkpoint.tensors.items()}
     files: dict[str, list[str]] = {}
-    for name in sorted(layouts, key=lambda name: checkpoint.tensors[name].position):
-        files.setdefault(checkpoint.tensors[name].file.path.name, []).append(name)
-    total = sum(checkpoint.tensors[name].nbytes for name in layouts)
-    written = 0
-    weight_map = {}
-    with new_folder(target, source) as folder:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="casting", leave=False) as bar:
-            for file_name, names in files.items():
-                layout = {new: what for name in names for new, what in layouts[name].items()}
-                with SafetensorsWriter(folder / file_name, layout, {}) as writer:
-                    for name in names:
-                        for new, value in compute(name, checkpoint.read(name)).items():
-                            writer.write(new, value)
-                            written += value.nbytes
-                        bar.update(checkpoint.tensors[name].nbytes)
-                weight_map |= dict.fromkeys(layout, file_name)
-        if (source / INDEX_FILE).exists():
-            write_index(folder, weight_map, written)
-        copy_other_files(source, folder)
-        write_json(folder / CONFIG_FILE, config)
-    seconds = time.perf_counter() - began
-    return (
-        f"{target}: {len(weight_map)} tensors, {total / 1e9:.3f} GB read and {written / 1e9:.3f} GB written in "
-        f"{seconds:.1f} s, {written / 1e9 / seconds:.2f} GB/s"
+    # In the order of the file to write, the widest types first; among these in that of the file to read.
+    for name in sorted(layouts, key=lambda n: (-layouts[n][n][0].itemsize, checkpoint.tensors[n].position)):
+        files.setdefault(file_of[name], []).append(name)
+    pieces = []
+    for _, names in sorted(files.items()):
+        for name in names:
+            tensor = checkpoint.tensors[name]
+            pieces += cut(name, tensor.dtype, tensor.shape)
+
+    def targets(piece: Piece) -> list[Target]:
+        places = {piece.name: (piece.first, piece.last)}
+        places[piece.name + SCALE] = piece.first // BLOCK_SIZE, cdiv(piece.last, BLOCK_SIZE)
+        return [Target(file_of[piece.name], name, *places[name]) for name in layouts[piece.name]]
+
+    outcomes = {}
+    for name, tensor in checkpoint.tensors.items():
+        kept = name in layouts and layouts[name] == {name: (tensor.dtype, tensor.shape)}
+        outcomes[name] = "copied" if kept else "converted"  # a scale that is not kept becomes part of its weight
+    conversion = Conversion(
+        source=checkpoint.path,
+        inputs=list({tensor.file.path: tensor.file for tensor in checkpoint.tensors.values()}.values()),
+        settings=settings,
+        files={
+            file: (Layout({new: what for name in names for new, what in layouts[name].items()}), {})
+            for file, names in sorted(files.items())
+        },
+        pieces=pieces,
+        targets=targets,
+        compute=compute,
+        outcomes=outcomes,
+        config=to_json(config),
+        indexed=(checkpoint.path / INDEX_FILE).exists(),
+        verb="casting",
     )
+    return list(zip(pieces, convert_folder(conversion, target, verify), strict=True))
 
 
 def cast_config(config: dict[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
@@ -75,3 +87,24 @@ def cast_config(config: dict[str, Any], quantization: dict[str, Any] | None) -> 
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     kept = {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in kept.items()}
     return kept if quantization is None else kept | {"quantization_config": quantization}
+
+
+def dequantise(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    w [N, K] e4m3, scale [ceil(N / 128), ceil(K / 128)] -> w * scale in BF16: what kernel.weight_dequant gives, bit for
+    bit, and on a CPU several times as fast.
+
+    Torch converts e4m3 number by number. An e4m3 code whose exponent is moved to where FP16 has it is that number over
+    256, subnormal ones too, and FP16 is converted by vector instructions.
+    """
+    if w.is_cuda:
+        return weight_dequant(w, scale)
+    codes = w.view(torch.int8).to(torch.int16)  # s eeee mmm, s repeated to the left
+    x = ((codes << 7) & ~(1 << 14)).view(torch.float16).float()  # s 0 eeee mmm 0000000
+    low, high = x.aminmax()
+    if max(-low, high) > 448 / 256 or scale.amax() > 2.0**100:  # NaN, which would be 480; or 256 * scale overflows
+        return weight_dequant(w, scale)
+    spread = (scale * 256).repeat_interleave(BLOCK_SIZE, 1)[:, : w.shape[1]]
+    for rows, factors in zip(x.split(BLOCK_SIZE), spread, strict=True):
+        rows *= factors
+    return x.bfloat16()

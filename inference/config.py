@@ -243,6 +243,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when there is none or it is something else."""
     path = Path(path)
     try:
+        if (mode := path.stat().st_mode) and not stat.S_ISREG(mode):  # a pipe or a device might never end
+            raise InputError(f"{path}: not a file")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise InputError(f"{path}: {size:,} bytes are more than any configuration or index has")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

@@ -1,24 +1,24 @@
 """
 Convert a Hugging Face checkpoint into one file per rank, so that each rank reads its own and nothing else:
 
-    python inference/convert.py --hf-ckpt-path DIR --save-path DIR --model-parallel N [--expert-parallel]
+    python inference/convert.py --hf-ckpt-path DIR --save-path DIR --model-parallel N [--expert-parallel] [--verify]
 
-The input is read once, tensor by tensor: every rank's slice is written at its place in that rank's file, and memory
-holds one tensor. Types and values are unchanged, so the way back gives the same tensors, bit for bit:
+The input is read once, piece by piece: every rank's slice is written at its place in that rank's file. Types and values
+are unchanged, so the way back gives the same tensors, bit for bit:
 
-    python inference/convert.py --to-hf --shards-path DIR --save-path DIR
+    python inference/convert.py --to-hf --shards-path DIR --save-path DIR [--verify]
+
+Either goes on where it stopped when it is run again after an interruption (see output.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import (
     CONFIG_FILE,
@@ -32,20 +32,26 @@ from checkpoint import (
     skippable,
     tensor_specs,
 )
-from errors import InputError, run_command
-from output import copy_file, copy_other_files, new_folder, write_index
-from safetensors_io import SafetensorsWriter, StoredTensor
+from errors import InputError, positive, run_command
+from output import Conversion, Piece, Target, convert_folder, cut, read_file, same_bits
+from safetensors_io import Layout, StoredTensor, Tensors
 
 MAX_FILE_BYTES = 5 * 10**9  # of the Hugging Face files that --to-hf writes, where no tensor is larger
 
 
-def convert(source: Path, target: Path, mp: int, expert_parallel: bool = False, n_experts: int | None = None) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    mp: int,
+    expert_parallel: bool = False,
+    n_experts: int | None = None,
+    verify: bool = False,
+) -> None:
     """
     Write `target` with model{rank}-mp{mp}.safetensors for every rank, config.json and the tokenizer's files.
 
     Raises InputError, before anything is written, when the source does not fit its config or cannot be split so.
     """
-    began = time.perf_counter()
     checkpoint = Checkpoint(source)
     args = checkpoint.args
     if checkpoint.kind != "hf":
@@ -55,138 +61,184 @@ def convert(source: Path, target: Path, mp: int, expert_parallel: bool = False, 
     check_split(args, mp, expert_parallel)
     checkpoint.check()
 
-    specs = sorted(tensor_specs(args).values(), key=lambda spec: checkpoint.tensors[spec.hf_name].position)
-    stored = {spec: checkpoint.tensors[spec.hf_name] for spec in specs}
-    total = sum(tensor.nbytes for tensor in stored.values())
-    with new_folder(target, source) as folder:
-        with ExitStack() as stack:
-            writers = []
-            for rank in range(mp):
-                shapes = {spec: shard_shape(spec, mp, rank, expert_parallel) for spec in specs}
-                tensors = {
-                    spec.name: (stored[spec].dtype, shape) for spec, shape in shapes.items() if shape is not None
-                }
-                experts = "expert" if expert_parallel else "tensor"
-                metadata = {"mp": str(mp), "rank": str(rank), "experts": experts}
-                path = folder / f"model{rank}-mp{mp}.safetensors"
-                writers.append(stack.enter_context(SafetensorsWriter(path, tensors, metadata)))
-            with tqdm(total=total, unit="B", unit_scale=True, desc="converting", leave=False) as bar:
-                for spec in specs:
-                    tensor = checkpoint.read(spec.hf_name)
-                    for rank, writer in enumerate(writers):
-                        if (slices := shard(spec, mp, rank, expert_parallel)) is not None:
-                            writer.write(spec.name, tensor[slices])
-                    bar.update(tensor.nbytes)
-        copy_other_files(source, folder)
-        copy_file(source / CONFIG_FILE, folder)
+    # The order of the files to write, the widest types first; among these that of the files to read.
+    stored = {spec: checkpoint.tensors[spec.hf_name] for spec in tensor_specs(args).values()}
+    specs = sorted(stored, key=lambda spec: (-stored[spec].dtype.itemsize, stored[spec].position))
+    by_name = {spec.hf_name: spec for spec in specs}
+    names = [f"model{rank}-mp{mp}.safetensors" for rank in range(mp)]
+    experts = "expert" if expert_parallel else "tensor"
+    files = {}
+    layout = Layout({})
+    for rank, name in enumerate(names):
+        shapes = {spec: shard_shape(spec, mp, rank, expert_parallel) for spec in specs}
+        tensors = {spec.name: (stored[spec].dtype, shape) for spec, shape in shapes.items() if shape is not None}
+        layout = layout if layout.tensors == tensors else Layout(tensors)  # most often the same for all ranks
+        files[name] = layout, {"mp": str(mp), "rank": str(rank), "experts": experts}
 
-    for name, why in skippable(args).items():
-        if name in checkpoint.tensors:
-            print(f"skipped {name}: {why}")
-    seconds = time.perf_counter() - began
-    print(
-        f"{target}: {len(specs)} tensors for {mp} ranks, {total / 1e9:.3f} GB in {seconds:.1f} s, "
-        f"{total / 1e9 / seconds:.2f} GB/s"
+    def parts(piece: Piece) -> Iterator[tuple[Target, tuple[slice, ...]]]:
+        """Where a piece goes, and what of it."""
+        spec = by_name[piece.name]
+        for rank, name in enumerate(names):
+            for rows, here, columns in overlap(spec, piece, mp, rank, expert_parallel):
+                yield Target(name, spec.name, rows.start, rows.stop), (here, *columns)
+
+    def compute(piece: Piece) -> tuple[list[torch.Tensor], None]:
+        rows = checkpoint.read(piece.name, (slice(piece.first, piece.last),))
+        return [rows[part] for _, part in parts(piece)], None
+
+    outcomes = {spec.hf_name: outcome(spec, mp, expert_parallel) for spec in specs}
+    conversion = Conversion(
+        source=Path(source),
+        inputs=list({tensor.file.path: tensor.file for tensor in checkpoint.tensors.values()}.values()),
+        settings={"command": "convert", "model_parallel": mp, "experts": experts},
+        files=files,
+        pieces=[piece for spec in specs for piece in cut(spec.hf_name, stored[spec].dtype, spec.shape)],
+        targets=lambda piece: [target for target, _ in parts(piece)],
+        compute=compute,
+        outcomes=outcomes | skipped(checkpoint),
+        config=read_file(checkpoint.path / CONFIG_FILE),
+        indexed=False,
+        verb="converting",
     )
+    convert_folder(conversion, target, verify)
 
 
-def to_hf(source: Path, target: Path) -> None:
+def to_hf(source: Path, target: Path, verify: bool = False) -> None:
     """
     Write `target`, the Hugging Face folder that `source`, convert.py's output for any number of ranks, was made from.
 
     The MTP layers' copies of the embedding and the head are written again. Raises InputError, before anything is
     written, when the shards are incomplete, of several conversions, or do not fit their config.
     """
-    began = time.perf_counter()
     checkpoint = Checkpoint(source)
-    args, expert_parallel = checkpoint.args, checkpoint.expert_parallel
+    args, mp, expert_parallel = checkpoint.args, checkpoint.mp, checkpoint.expert_parallel
     if checkpoint.kind != "shards":
         raise InputError(f"{source}: a Hugging Face folder already; --to-hf takes a folder that convert.py wrote")
-    check_split(args, checkpoint.mp, expert_parallel)
+    check_split(args, mp, expert_parallel)
     ranks = []
-    for rank in range(checkpoint.mp):
-        checkpoint.check(checkpoint.mp, rank, expert_parallel)
+    for rank in range(mp):
+        checkpoint.check(mp, rank, expert_parallel)
         ranks.append(checkpoint.tensors)
 
-    by_name = {spec.hf_name: spec for spec in tensor_specs(args).values()}
+    specs = tensor_specs(args)
+    by_name = {spec.hf_name: spec for spec in specs.values()}
     by_name |= {copy: by_name[name] for copy, name in repeated(args).items()}
-    files: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
-    total = size = 0
+    groups: list[Tensors] = [{}]
+    size = 0
     for name, spec in by_name.items():
         dtypes = {tensors[spec.name].dtype for tensors in ranks if spec.name in tensors}
         if len(dtypes) > 1:
             raise InputError(f"{source}: {spec.name} has different types in different ranks' files")
         dtype = dtypes.pop()
         nbytes = math.prod(spec.shape) * dtype.itemsize
-        if size + nbytes > MAX_FILE_BYTES and files[-1]:
-            files.append({})
+        if size + nbytes > MAX_FILE_BYTES and groups[-1]:
+            groups.append({})
             size = 0
-        files[-1][name] = dtype, spec.shape
+        groups[-1][name] = dtype, spec.shape
         size += nbytes
-        total += nbytes
-    weight_map = {}
-    with new_folder(target, source) as folder:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", leave=False) as bar:
-            for number, layout in enumerate(files, 1):
-                file_name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else SINGLE_FILE
-                with SafetensorsWriter(folder / file_name, layout, {}) as writer:
-                    for name in layout:
-                        tensor = read_whole(by_name[name], ranks, expert_parallel)
-                        writer.write(name, tensor)
-                        bar.update(tensor.nbytes)
-                weight_map |= dict.fromkeys(layout, file_name)
-        if len(files) > 1:
-            write_index(folder, weight_map, total)
-        copy_other_files(source, folder)
-        copy_file(source / CONFIG_FILE, folder)
-    seconds = time.perf_counter() - began
-    print(
-        f"{target}: {len(weight_map)} tensors of {checkpoint.mp} ranks in {len(files)} files, {total / 1e9:.3f} GB in "
-        f"{seconds:.1f} s, {total / 1e9 / seconds:.2f} GB/s"
+    layouts = {
+        f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else SINGLE_FILE: Layout(tensors)
+        for number, tensors in enumerate(groups, 1)
+    }
+    file_of = {name: file for file, layout in layouts.items() for name in layout.tensors}
+
+    def compute(piece: Piece) -> tuple[list[torch.Tensor], None]:
+        return [read_whole(by_name[piece.name], piece, ranks, expert_parallel)], None
+
+    conversion = Conversion(
+        source=Path(source),
+        inputs=[next(iter(tensors.values())).file for tensors in ranks],
+        settings={"command": "convert --to-hf"},
+        files={name: (layout, {}) for name, layout in layouts.items()},
+        pieces=[p for layout in layouts.values() for name, what in layout.tensors.items() for p in cut(name, *what)],
+        targets=lambda piece: [Target(file_of[piece.name], *piece)],
+        compute=compute,
+        outcomes={name: outcome(spec, mp, expert_parallel) for name, spec in specs.items()},
+        config=read_file(checkpoint.path / CONFIG_FILE),
+        indexed=len(layouts) > 1,
+        verb="converting",
     )
+    convert_folder(conversion, target, verify)
 
 
-def read_whole(spec: TensorSpec, ranks: list[dict[str, StoredTensor]], expert_parallel: bool) -> torch.Tensor:
-    """A tensor put together again from the slices in the ranks' files."""
+def read_whole(
+    spec: TensorSpec, piece: Piece, ranks: list[dict[str, StoredTensor]], expert_parallel: bool
+) -> torch.Tensor:
+    """Rows of a tensor, put together from the ranks' files. Raises InputError where copies of the same differ."""
     whole = None
     for rank, tensors in enumerate(ranks):
-        if (slices := shard(spec, len(ranks), rank, expert_parallel)) is None:
-            continue
-        part = tensors[spec.name].file.read(spec.name)
-        if part.shape == spec.shape:
-            return part
-        whole = torch.empty(spec.shape, dtype=part.dtype) if whole is None else whole
-        whole[slices] = part
+        for rows, here, columns in overlap(spec, piece, len(ranks), rank, expert_parallel):
+            stored = tensors[spec.name]
+            part = stored.file.read(spec.name, (rows,))
+            if whole is None:
+                whole = torch.empty(piece.last - piece.first, *spec.shape[1:], dtype=part.dtype)
+            elif is_whole(spec, len(ranks), expert_parallel) and not same_bits(whole, part):
+                raise InputError(f"{stored.file.path}: {spec.name} is not what it is in other ranks' files")
+            whole[(here, *columns)] = part
     assert whole is not None, spec.name
     return whole
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+def overlap(
+    spec: TensorSpec, piece: Piece, mp: int, rank: int, expert_parallel: bool
+) -> Iterator[tuple[slice, slice, tuple[slice, ...]]]:
+    """
+    What of a piece a rank has, if anything: the rows as the rank counts them and as the piece does, and the columns.
+    """
+    if (slices := shard(spec, mp, rank, expert_parallel)) is not None:
+        own, *columns = slices
+        first, last = max(piece.first, own.start), min(piece.last, own.stop)
+        if first < last:
+            rows, here = (slice(first - start, last - start) for start in (own.start, piece.first))
+            yield rows, here, tuple(columns)
+
+
+def is_whole(spec: TensorSpec, mp: int, expert_parallel: bool) -> bool:
+    """Whether no rank has less than all of a tensor, of those that have any of it."""
+    return mp == 1 or spec.split is None or (expert_parallel and spec.expert is not None)
+
+
+def outcome(spec: TensorSpec, mp: int, expert_parallel: bool) -> str:
+    return "copied" if is_whole(spec, mp, expert_parallel) else "converted"
+
+
+def skipped(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensors of the folder that the model does not need -> why. Those that are said to repeat others are compared."""
+    originals, tensors = repeated(checkpoint.args), checkpoint.tensors
+    reasons = {name: why for name, why in skippable(checkpoint.args).items() if name in tensors}
+    for name in reasons.keys() & originals.keys():
+        copy, original = tensors[name], tensors[originals[name]]
+        same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
+        for _, first, last in cut(name, copy.dtype, copy.shape):
+            rows = (slice(first, last),)
+            same = same and same_bits(copy.file.read(name, rows), original.file.read(originals[name], rows))
+        if not same:
+            reasons[name] = f"differs from {originals[name]}, which the model uses in its place"
+    return reasons
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint into one file per rank, and back.")
-    parser.add_argument("--hf-ckpt-path", type=Path, metavar="DIR", help="folder as downloaded from Hugging Face")
-    parser.add_argument("--save-path", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
-    parser.add_argument("--model-parallel", type=positive, metavar="N", help="number of ranks")
-    parser.add_argument("--n-experts", type=positive, metavar="N", help="checked against the config when given")
-    parser.add_argument("--expert-parallel", action="store_true", help="whole experts per rank, not slices of each")
-    parser.add_argument("--to-hf", action="store_true", help="the way back, from --shards-path")
-    parser.add_argument("--shards-path", type=Path, metavar="DIR", help="with --to-hf: folder that convert.py wrote")
+    add = parser.add_argument
+    add("--hf-ckpt-path", type=Path, metavar="DIR", help="folder as downloaded from Hugging Face")
+    add("--save-path", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or to go on with")
+    add("--model-parallel", type=positive, metavar="N", help="number of ranks")
+    add("--n-experts", type=positive, metavar="N", help="checked against the config when given")
+    add("--expert-parallel", action="store_true", help="whole experts per rank, not slices of each")
+    add("--to-hf", action="store_true", help="the way back, from --shards-path")
+    add("--shards-path", type=Path, metavar="DIR", help="with --to-hf: folder that convert.py wrote")
+    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
     args = parser.parse_args()
     forward = args.hf_ckpt_path, args.model_parallel
     if args.to_hf:
         if args.shards_path is None or any((*forward, args.n_experts, args.expert_parallel)):
-            parser.error("--to-hf takes --shards-path and --save-path, and nothing else")
-        to_hf(args.shards_path, args.save_path)
+            parser.error("--to-hf takes --shards-path, --save-path and --verify, and nothing else")
+        to_hf(args.shards_path, args.save_path, args.verify)
     else:
         if None in forward or args.shards_path is not None:
             parser.error("--hf-ckpt-path and --model-parallel are required, or --to-hf with --shards-path")
-        convert(args.hf_ckpt_path, args.save_path, args.model_parallel, args.expert_parallel, args.n_experts)
+        flags = args.model_parallel, args.expert_parallel, args.n_experts, args.verify
+        convert(args.hf_ckpt_path, args.save_path, *flags)
 
 
 if __name__ == "__main__":

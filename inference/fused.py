@@ -28,8 +28,10 @@ from kernel import (
     act_quant,
     act_quant_ref,
     cdiv,
+    counters,
     on_gpu,
     pdl_options,
+    prefetch,
     scale_of,
 )
 
@@ -108,14 +110,14 @@ def add_rms_norm_kernel(
     GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one token, as [GROUPS, 128]. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     inside = cols < D
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + m * D + cols, mask=inside, other=0.0).to(tl.float32)
     if TERMS > 0:
         for term in tl.static_range(TERMS):
@@ -148,8 +150,8 @@ def add_rms_norm(
         terms = delta.numel() // x.numel()
     h, values, scale = outputs(x, (M, D), quantise, keep)
     groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
-    # 16 elements a thread for few tokens, 32 for many: then more programs share a multiprocessor.
-    num_warps = min(max(groups // (4 if M <= 256 else 8), 1), 16)
+    # 8 elements a thread for few tokens, 32 for many: then more programs share a multiprocessor.
+    num_warps = max(groups // (2 if M <= 16 else 4 if M <= 256 else 8), 1)
     add_rms_norm_kernel[(M,)](
         x, delta, weight, total, h, values, scale, M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0,
         groups, num_warps=num_warps, **pdl_options(x.device),
@@ -181,8 +183,8 @@ def rotate_query_kernel(
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token. Reads and writes 2 bytes of R / (N + R) of the elements."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     m = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     col = tl.arange(0, 2 * PAIRS)
@@ -288,8 +290,8 @@ def latents_kernel(
 ):  # fmt: skip
     """Two programs a token, side by side: the key and value latent with the rotary key, and the query latent."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     m = tl.program_id(0).to(tl.int64)
     y_ptr += m * y_stride
     if tl.program_id(1) == 0:
@@ -328,6 +330,42 @@ def latents(
     return result(q, values, scale), kv
 
 
+def join_keys_ref(kv: torch.Tensor, k_pe: torch.Tensor, N: int) -> torch.Tensor:
+    """kv [M, H, N + V] and the rotary keys k_pe [M, R] -> k [M, H, N + R] = [kv[:N], k_pe] of each head."""
+    return torch.cat([kv[..., :N], k_pe[:, None].expand(-1, kv.shape[1], -1)], dim=-1)
+
+
+@triton.jit
+def join_keys_kernel(
+    kv_ptr, k_pe_ptr, k_ptr, k_pe_stride, H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_H heads of one token. 2 N bytes a head read, 2 (N + R) written."""
+    m = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    n, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    head = (m * H + h)[:, None]
+    inside = (h < H)[:, None] & (n < N)[None, :]
+    tl.store(k_ptr + head * (N + R) + n, tl.load(kv_ptr + head * (N + V) + n, mask=inside, other=0.0), mask=inside)
+    k_pe = tl.load(k_pe_ptr + m * k_pe_stride + r, mask=r < R, other=0.0)
+    k_pe = tl.broadcast_to(k_pe[None, :], (BLOCK_H, BLOCK_R))
+    tl.store(k_ptr + head * (N + R) + N + r[None, :], k_pe, mask=(h < H)[:, None] & (r < R)[None, :])
+
+
+def join_keys(kv: torch.Tensor, k_pe: torch.Tensor, N: int) -> torch.Tensor:
+    """See join_keys_ref."""
+    if not on_gpu(kv):
+        return join_keys_ref(kv, k_pe, N)
+    (M, H, both), R = kv.shape, k_pe.shape[1]
+    k = kv.new_empty(M, H, N + R)
+    block_h = min(triton.next_power_of_2(H), 16)
+    join_keys_kernel[(M, cdiv(H, block_h))](
+        kv.contiguous(), k_pe, k, k_pe.stride(0), H, N, both - N, R, block_h, triton.next_power_of_2(N),
+        triton.next_power_of_2(R), num_warps=4,
+    )  # fmt: skip
+    return k
+
+
 # --- the halves of wkv_b, for attention inside the latent space -------------------------------------------------------
 
 
@@ -344,7 +382,7 @@ def absorb_query_ref(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor
 
 @triton.jit
 def absorb_query_kernel(
-    q_ptr, w_ptr, rotation_ptr, out_ptr, M, head_stride, row_stride, H: tl.constexpr, N: tl.constexpr,
+    q_ptr, w_ptr, rotation_ptr, out_ptr, M, q_stride, head_stride, row_stride, H: tl.constexpr, N: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -356,26 +394,28 @@ def absorb_query_kernel(
     n, c = tl.arange(0, BLOCK_N), first_c + tl.arange(0, BLOCK_C)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     w_ptrs = w_ptr + h.to(tl.int64) * head_stride + n[:, None] * row_stride + c[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(w_ptrs, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     head = m.to(tl.int64)[:, None] * H + h
-    q = tl.load(q_ptr + head * (N + R) + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+    q_ptrs = q_ptr + m.to(tl.int64)[:, None] * q_stride + h * (N + R)
+    q = tl.load(q_ptrs + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
     out = tl.dot(q, w, input_precision=PRECISION)
     out_ptrs = out_ptr + head * (C + R) + c[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
     if first_c == 0:
         r = tl.arange(0, 2 * PAIRS)
         rotary = (m < M)[:, None] & (r < R)[None, :]
-        q_pe = tl.load(q_ptr + head * (N + R) + N + r[None, :], mask=rotary, other=0.0).to(tl.float32)
+        q_pe = tl.load(q_ptrs + N + r[None, :], mask=rotary, other=0.0).to(tl.float32)
         rotation = tl.load(rotation_ptr + m.to(tl.int64)[:, None] * R + r[None, :], mask=rotary, other=0.0)
         q_pe = rotated(q_pe, rotation, PAIRS).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + head * (C + R) + C + r[None, :], q_pe, mask=rotary)
 
 
 def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """See absorb_query_ref. w_uk may be any view whose last dimension is contiguous."""
+    """See absorb_query_ref. w_uk may be any view whose last dimension is contiguous; a token's heads lie together."""
     if not on_gpu(q):
         return absorb_query_ref(q, w_uk, rotation)
     (M, H, _), (_, N, C), R = q.shape, w_uk.shape, 2 * rotation.shape[-2]
@@ -384,7 +424,7 @@ def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) ->
     if H * C < 128 * 132:  # fewer programs than multiprocessors: narrower ones
         block_c //= 2
     absorb_query_kernel[(H, cdiv(C, block_c), cdiv(M, block_m))](
-        q.contiguous(), w_uk, rotation.contiguous(), out, M, w_uk.stride(0), w_uk.stride(1), H, N, C, R,
+        q, w_uk, rotation.contiguous(), out, M, q.stride(0), w_uk.stride(0), w_uk.stride(1), H, N, C, R,
         "ieee" if q.dtype == torch.float32 else "tf32", block_m, max(triton.next_power_of_2(N), 16), block_c,
         triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(q.device),
     )  # fmt: skip
@@ -403,14 +443,16 @@ def expand_value_ref(
 def expand_value_kernel(
     o_ptr, w_ptr, out_ptr, values_ptr, scale_ptr, M, head_stride, row_stride, H: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens of one head, BLOCK_V outputs. Bound by reading W_UV (2 * H * V * C bytes)."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        row = h.to(tl.int64) * head_stride + tl.minimum(v, V - 1)[:, None] * row_stride
+        prefetch(w_ptr + row + tl.minimum(tl.arange(0, LINES) * 64, C - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = m.to(tl.int64) * H + h
     acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
@@ -452,6 +494,7 @@ def expand_value(
     expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, block_m))](
         o.contiguous(), w_uv, out, values, scale, M, w_uv.stride(0), w_uv.stride(1), H, V, C, out is not None,
         quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", block_m, block_v, 32 if fp32 else 128,
+        triton.next_power_of_2(cdiv(C, 64)),
         num_warps=4, num_stages=4, **pdl_options(o.device),
     )  # fmt: skip
     return result(out, values, scale)
@@ -473,8 +516,8 @@ def silu_mul_kernel(
 ):  # fmt: skip
     """One program: BLOCK groups of 128, which may be of several tokens. Reads 4 bytes an output, writes 1 or 2."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     per_token = tl.cdiv(INTER, _GROUP)
     m, group = (item // per_token).to(tl.int64), item % per_token
@@ -507,3 +550,54 @@ def silu_mul(y: torch.Tensor, quantise: bool = False, scale_fmt: str | None = No
         num_warps=2 if block == 4 else 4, **pdl_options(y.device),
     )  # fmt: skip
     return result(out, values, scale)
+
+
+# --- the likeliest token ----------------------------------------------------------------------------------------------
+
+
+def argmax_ref(x: torch.Tensor) -> torch.Tensor:
+    """x [B, V] -> the index of each row's largest number, of equal ones the first: [B] int64."""
+    return x.argmax(-1)
+
+
+@triton.jit
+def argmax_kernel(
+    x_ptr, out_ptr, best_ptr, where_ptr, counter_ptr, V, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """One program: BLOCK_V numbers of a row, of CHUNKS; the last one compares the chunks."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    b, chunk = tl.program_id(0), tl.program_id(1)
+    v = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(x_ptr + b.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    best, where = tl.max(x, 0, return_indices=True)
+    tl.store(best_ptr + b * CHUNKS + chunk, best)
+    tl.store(where_ptr + b * CHUNKS + chunk, chunk * BLOCK_V + where)
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr + b, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+        chunks = tl.arange(0, CHUNKS)
+        there = chunks < tl.num_programs(1)
+        cells = b * CHUNKS + chunks
+        all_best = tl.load(best_ptr + cells, mask=there, other=float("-inf"), cache_modifier=".cg")
+        all_where = tl.load(where_ptr + cells, mask=there, other=0, cache_modifier=".cg")
+        _, first = tl.max(all_best, 0, return_indices=True)
+        tl.store(out_ptr + b, tl.sum(tl.where(chunks == first, all_where, 0)).to(tl.int64))
+        tl.store(counter_ptr + b, 0)
+
+
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """See argmax_ref."""
+    if not on_gpu(x) or x.shape[0] > 4096:
+        return argmax_ref(x)
+    x = x.contiguous()
+    B, V = x.shape
+    block_v = 2048
+    chunks = cdiv(V, block_v)
+    padded = triton.next_power_of_2(chunks)
+    out = torch.empty(B, dtype=torch.int64, device=x.device)
+    best, where = x.new_empty(B, padded), torch.empty(B, padded, dtype=torch.int32, device=x.device)
+    argmax_kernel[(B, chunks)](
+        x, out, best, where, counters(x.device), V, padded, block_v, num_warps=4, **pdl_options(x.device)
+    )
+    return out

@@ -266,6 +266,13 @@ def slice_scale(x_scale_ptrs, w_scale_ptrs, g, x_scale_g, FORMAT: tl.constexpr, 
 
 
 @triton.jit
+def prefetch(ptrs):
+    """Start fetching the cache lines at `ptrs` into L2."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def gemm_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, y_ptr, y_scale_ptr, partial_ptr, counter_ptr,
     order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, pair_weight_ptr,
@@ -275,7 +282,7 @@ def gemm_kernel(
     EVEN_K: tl.constexpr,
     QUANTISE: tl.constexpr, MIN_AMAX: tl.constexpr, E4M3_MAX: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, UNROLL: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     y = x w^T for every linear of the model: a program computes a BLOCK_M x BLOCK_N tile over one of SPLIT parts of K.
@@ -290,15 +297,23 @@ def gemm_kernel(
     flight, and w is the left operand (SWAP), whose tile is never padded, while the tokens fill 16 columns. The program
     that finishes a tile's last part sums the parts, in order. Many tokens: bound by the tensor cores.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     n_tiles = tl.cdiv(N, BLOCK_N)
     n_slices = tl.cdiv(K, BLOCK)
+    per_part = tl.cdiv(n_slices, SPLIT)
     part = tl.program_id(0) % SPLIT
     tile = tl.program_id(0) // SPLIT
     n_tile = tile % n_tiles
     m_tile = tile // n_tiles
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if TOP_K == 0 and SWAP:  # the weights are known: on their way while the kernels before this one finish
+            row = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            ahead = part * per_part + tl.arange(0, AHEAD)
+            lines = tl.minimum(row, N - 1).to(tl.int64)[:, None] * K + tl.minimum(ahead * BLOCK, K - 1)[None, :]
+            prefetch(w_ptr + lines)
+            if HALVES == 2:
+                prefetch(w_ptr + lines + tl.cast(N, tl.int64) * K)
+        tl.extra.cuda.gdc_wait()
     slots = tl.arange(0, BLOCK_M)
     expert = 0
     if TOP_K > 0:
@@ -333,7 +348,6 @@ def gemm_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = acc
-    per_part = tl.cdiv(n_slices, SPLIT)
     first = tl.minimum(part * per_part, n_slices - 1)
     # The scales of the next slice are fetched while this one is multiplied.
     scale = slice_scale(x_scale_ptrs, w_scale_ptrs, first, x_scale_g, FORMAT, BLOCK_M)
@@ -420,6 +434,7 @@ class Tiles(NamedTuple):
     swap: bool  # weights as the left operand
     tma_x: bool = False  # through descriptors, by Hopper's copy engine
     tma_w: bool = False
+    ahead: int = 4  # slices of weights prefetched before the kernels before it have finished
 
 
 @functools.lru_cache
@@ -501,8 +516,8 @@ def launch_gemm(
         M, N, K, *((0, 0) if x_scale is None else x_scale.stride()), *((0, 0) if y_scale is None else y_scale.stride()),
         tiles.tma_x, tiles.tma_w, format, 1 + gated, top_k, gather, pair_weights is not None, K % block_k == 0,
         y_scale is not None, MIN_AMAX, E4M3_MAX, scale_fmt == UE8M0, block_k,
-        tiles.block_m, tiles.block_n, tiles.split, tiles.swap, 4 if tiles.block_m == 16 else 1, **pdl_options(x.device),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        tiles.block_m, tiles.block_n, tiles.split, tiles.swap, 4 if tiles.block_m == 16 else 1, tiles.ahead,
+        num_warps=tiles.warps, num_stages=tiles.stages, **pdl_options(x.device),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from attention import latent_attention, prefill_attention
 from config import BLOCK_SIZE, ModelArgs
 from experts import experts, gated_linear, pair_block
-from fused import absorb_query, add_rms_norm, expand_value, latents, rotate_query
+from fused import absorb_query, add_rms_norm, expand_value, join_keys, latents, rotate_query
 from kernel import E4M3, Quantised, cdiv, linear, linear_fp32
 from parallel import Parallel
 from routing import Routing, gate_scores, route_and_sort
@@ -254,12 +254,9 @@ class MLA(nn.Module):
             q = rotate_query(q.contiguous(), step.rotation).unflatten(0, (B, S))
             kv = kv.unflatten(0, (B, S)) if cache is None else cache[step.rows, :kv_len]
             latent, k_pe = kv.split([C, self.qk_rope_head_dim], dim=-1)
-            k, v = (
-                linear(latent.flatten(0, 1), self.wkv_b.weight)
-                .view(B, kv_len, self.n_local_heads, -1)
-                .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-            )
-            k = torch.cat([k, k_pe[:, :, None].expand(-1, -1, self.n_local_heads, -1)], dim=-1)
+            expanded = linear(latent.flatten(0, 1), self.wkv_b.weight).unflatten(1, (self.n_local_heads, -1))
+            k = join_keys(expanded, k_pe.flatten(0, 1), self.qk_nope_head_dim).unflatten(0, (B, kv_len))
+            v = expanded[..., self.qk_nope_head_dim :].unflatten(0, (B, kv_len))
             o = prefill_attention(q, k, v, step.positions, self.softmax_scale).flatten(2).flatten(0, 1)
         return self.wo(o)
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernel import cdiv, counters, linear_fp32, on_gpu, pdl_options
+from kernel import cdiv, counters, linear_fp32, on_gpu, pdl_options, prefetch
 
 _LAST = tl.constexpr(0x7FFFFFFF)
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
 FEW_TOKENS = 8  # up to here the gate's product is a sum of elementwise products
-FEW_PAIRS = 128  # up to here one program sorts, comparing all pairs with each other
+FEW_PAIRS = 1024  # up to here one program sorts
 CHUNK = 512  # pairs a program sorts beyond that
 
 
@@ -47,11 +47,6 @@ def tile_count(pairs: int, n_local: int, block: int) -> int:
     return min(pairs, n_local) + pairs // block
 
 
-def sort_warps(pairs: int) -> int:
-    """So that a thread holds at most 64 of the comparisons of all pairs with each other."""
-    return min(max(triton.next_power_of_2(pairs) // 16, 1), 8)
-
-
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
@@ -67,10 +62,13 @@ def few_scores_kernel(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_E experts for all of the few tokens. Bound by reading W (4 * E * D bytes), all in flight."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     m, e = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        for first in tl.static_range(0, D, BLOCK_D):
+            line = first + tl.arange(0, BLOCK_D // 32) * 32
+            prefetch(w_ptr + tl.minimum(e, E - 1)[:, None] * D + tl.minimum(line, D - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_M, BLOCK_E, BLOCK_D), dtype=tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -91,8 +89,8 @@ def split_scores_kernel(
     The tensor cores take bf16, so w = hi + lo, both bf16: exact for a weight that was bf16, within 2^-17 for others.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
@@ -129,7 +127,7 @@ def gate_scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             num_warps=8, **pdl_options(x.device),
         )  # fmt: skip
     elif M <= 256:
-        block_m, block_e, block_d = min(triton.next_power_of_2(M), 64), 64, 64
+        block_m, block_e, block_d = min(triton.next_power_of_2(M), 64), 16, 128
         tiles = cdiv(E, block_e) * cdiv(M, block_m)
         steps = cdiv(cdiv(D, block_d), max(132 // tiles, 1))  # of each slice
         slices = cdiv(cdiv(D, block_d), steps)
@@ -197,7 +195,7 @@ def sort_few(
     index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
     BLOCK: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """index [PAIRS]: each pair's expert. Every pair finds its place by looking at all others."""
+    """index [PAIRS]: the expert of each of a token's pairs. Every pair finds its place by looking at the others."""
     pair = tl.arange(0, PAIRS)
     local = (index >= first) & (index < first + n_local) & (pair < P)
     expert = tl.where(local, index - first, tl.where(pair < P, n_local, n_local + 1))
@@ -224,16 +222,16 @@ def sort_few(
 @triton.jit
 def route_kernel(
     logits_ptr, bias_ptr, weights_ptr, indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr,
-    counter_ptr, M, first, n_local, n_tiles, route_scale,
+    first, n_local, n_tiles, route_scale,
     E: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, N_GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, SORT: tl.constexpr, ONE_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, SORT: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one token, its scores as [GROUPS, MEMBERS]. With SORT the last one sorts the pairs of all tokens."""
+    """One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     m = tl.program_id(0)
     logits_ptr += m * E
     group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)
@@ -277,21 +275,10 @@ def route_kernel(
     tl.store(indices_ptr + m * COLUMNS + column, index, mask=column < COLUMNS)
 
     if SORT:
-        if ONE_TOKEN:
-            sort_few(
-                index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, COLUMNS, first, n_local, n_tiles,
-                BLOCK, PAIRS, TILES,
-            )  # fmt: skip
-        else:
-            tl.debug_barrier()
-            if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == M - 1:
-                pair = tl.arange(0, PAIRS)
-                indices = tl.load(indices_ptr + pair, mask=pair < M * COLUMNS, other=0, cache_modifier=".cg")
-                sort_few(
-                    indices, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, M * COLUMNS, first, n_local,
-                    n_tiles, BLOCK, PAIRS, TILES,
-                )  # fmt: skip
-                tl.store(counter_ptr, 0)
+        sort_few(
+            index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, COLUMNS, first, n_local, n_tiles,
+            BLOCK, BLOCK_K, TILES,
+        )  # fmt: skip
 
 
 def launch_route(
@@ -303,13 +290,12 @@ def launch_route(
     indices = torch.empty(M, columns, dtype=torch.int32, device=logits.device)
     n_tiles = 0 if routing is None else len(routing.tile_expert)
     block_k = triton.next_power_of_2(columns)
-    pairs = block_k if M == 1 else triton.next_power_of_2(M * columns)
     route_kernel[(M,)](
-        logits, bias, weights, indices, *(routing or (None,) * 4), counters(logits.device), M, first, n_local, n_tiles,
+        logits, bias, weights, indices, *(routing or (None,) * 4), first, n_local, n_tiles,
         route_scale, E, top_k, columns, n_groups, n_limited_groups, score_func == "sigmoid", bias is not None,
-        routing is not None, M == 1, block, triton.next_power_of_2(n_groups), triton.next_power_of_2(E // n_groups),
-        block_k, pairs, triton.next_power_of_2(max(n_tiles, 1)),
-        num_warps=1 if routing is None else sort_warps(pairs), **pdl_options(logits.device),
+        routing is not None, block, triton.next_power_of_2(n_groups), triton.next_power_of_2(E // n_groups),
+        block_k, triton.next_power_of_2(max(n_tiles, 1)),
+        num_warps=1, **pdl_options(logits.device),
     )  # fmt: skip
     return weights, indices
 
@@ -342,28 +328,53 @@ def sort_pairs_ref(indices: torch.Tensor, first: int, n_local: int, block: int) 
 
 
 @triton.jit
-def sort_few_kernel(
-    indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
-    BLOCK: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program does it all."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    pair = tl.arange(0, PAIRS)
-    index = tl.load(indices_ptr + pair, mask=pair < P, other=0)
-    sort_few(
-        index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
-        BLOCK, PAIRS, TILES,
-    )  # fmt: skip
-
-
-@triton.jit
 def load_experts(indices_ptr, pair, P, first, n_local, NONE: tl.constexpr):
     """The local expert of each pair, n_local for another rank's, NONE past the last pair."""
     expert = tl.load(indices_ptr + pair, mask=pair < P, other=0) - first
     expert = tl.where((expert >= 0) & (expert < n_local), expert, n_local)
     return tl.where(pair < P, expert, NONE)
+
+
+@triton.jit
+def store_tiles(
+    total, start, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, n_local, n_tiles, BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of experts that have `total` [BINS] pairs each, from `start` [BINS] on."""
+    bins = tl.arange(0, BINS)
+    tiles = tl.where(bins < n_local, (total + BLOCK - 1) // BLOCK, 0)
+    first_tile = tl.cumsum(tiles, 0) - tiles
+    for nth in range(0, tl.max(tiles)):
+        tile_start = start + nth * BLOCK
+        tl.store(tile_expert_ptr + first_tile + nth, bins, mask=nth < tiles)
+        tl.store(tile_start_ptr + first_tile + nth, tile_start, mask=nth < tiles)
+        tl.store(tile_stop_ptr + first_tile + nth, tl.minimum(tile_start + BLOCK, start + total), mask=nth < tiles)
+    for tile in range(tl.sum(tiles), n_tiles, BINS):
+        tl.store(tile_expert_ptr + tile + bins, tl.full((BINS,), -1, tl.int32), mask=tile + bins < n_tiles)
+        tl.store(tile_start_ptr + tile + bins, tl.zeros((BINS,), tl.int32), mask=tile + bins < n_tiles)
+        tl.store(tile_stop_ptr + tile + bins, tl.zeros((BINS,), tl.int32), mask=tile + bins < n_tiles)
+
+
+@triton.jit
+def sort_kernel(
+    indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for all pairs: a pair's place is its expert's start plus the pairs of that expert before it."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    pair = tl.arange(0, PAIRS)
+    expert = load_experts(indices_ptr, pair, P, first, n_local, BINS - 1)
+    rank = tl.zeros((PAIRS,), dtype=tl.int32)
+    for offset in range(0, P, 32):
+        earlier = offset + tl.arange(0, 32)
+        same = load_experts(indices_ptr, earlier, P, first, n_local, BINS - 1)[None, :] == expert[:, None]
+        rank += tl.sum((same & (earlier[None, :] < pair[:, None])).to(tl.int32), 1)
+    total = tl.histogram(expert, BINS)
+    start = tl.cumsum(total, 0) - total
+    tl.store(order_ptr + tl.gather(start, expert, 0) + rank, pair, mask=pair < P)
+    store_tiles(total, start, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, n_local, n_tiles, BLOCK, BINS)
 
 
 @triton.jit
@@ -374,8 +385,8 @@ def count_kernel(
 ):  # fmt: skip
     """One program: the pairs of each expert in a chunk. The last one knows all, and where experts and tiles begin."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     chunk, bins = tl.program_id(0), tl.arange(0, BINS)
     count = tl.zeros((BINS,), dtype=tl.int32)
     for offset in tl.static_range(0, CHUNK, 32):
@@ -391,17 +402,7 @@ def count_kernel(
             total += tl.sum(tl.load(cells, mask=(chunks < n_chunks)[:, None], other=0, cache_modifier=".cg"), 0)
         start = tl.cumsum(total, 0) - total
         tl.store(starts_ptr + bins, start)
-        tiles = tl.where(bins < n_local, (total + BLOCK - 1) // BLOCK, 0)
-        first_tile = tl.cumsum(tiles, 0) - tiles
-        for nth in range(0, tl.max(tiles)):
-            tile_start = start + nth * BLOCK
-            tl.store(tile_expert_ptr + first_tile + nth, bins, mask=nth < tiles)
-            tl.store(tile_start_ptr + first_tile + nth, tile_start, mask=nth < tiles)
-            tl.store(tile_stop_ptr + first_tile + nth, tl.minimum(tile_start + BLOCK, start + total), mask=nth < tiles)
-        for tile in range(tl.sum(tiles), n_tiles, BINS):
-            tl.store(tile_expert_ptr + tile + bins, tl.full((BINS,), -1, tl.int32), mask=tile + bins < n_tiles)
-            tl.store(tile_start_ptr + tile + bins, tl.zeros((BINS,), tl.int32), mask=tile + bins < n_tiles)
-            tl.store(tile_stop_ptr + tile + bins, tl.zeros((BINS,), tl.int32), mask=tile + bins < n_tiles)
+        store_tiles(total, start, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, n_local, n_tiles, BLOCK, BINS)
         tl.store(counter_ptr, 0)
 
 
@@ -415,8 +416,8 @@ def place_kernel(
     before, plus those before it in this chunk.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     chunk, bins = tl.program_id(0), tl.arange(0, BINS)
     base = tl.load(starts_ptr + bins)
     for other in range(0, chunk, 16):
@@ -451,9 +452,10 @@ def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> R
     order, *tiles = routing
     n_tiles, options = len(tiles[0]), pdl_options(device)
     if P <= FEW_PAIRS:
-        sort_few_kernel[(1,)](
-            indices, order, *tiles, P, first, n_local, n_tiles, block, triton.next_power_of_2(P),
-            triton.next_power_of_2(n_tiles), num_warps=sort_warps(P), **options,
+        pairs, bins = triton.next_power_of_2(P), triton.next_power_of_2(n_local + 2)
+        sort_kernel[(1,)](
+            indices, order, *tiles, P, first, n_local, n_tiles, block, pairs, bins,
+            num_warps=min(max(pairs // 64, 4), 16), **options,
         )  # fmt: skip
         return routing
     chunks, bins = cdiv(P, CHUNK), triton.next_power_of_2(n_local + 1)
@@ -472,10 +474,9 @@ def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> R
 def route_and_sort(
     logits: torch.Tensor, bias: torch.Tensor | None, *, first: int, n_local: int, block: int, **options
 ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """`route`, then `sort_pairs`: weights, indices, Routing. For few tokens in one launch."""
-    P = logits.shape[0] * (options["top_k"] + options.get("n_shared", 0))
-    if not on_gpu(logits) or P > FEW_PAIRS:
+    """`route`, then `sort_pairs`: weights, indices, Routing. For one token in one launch."""
+    if not on_gpu(logits) or logits.shape[0] > 1:
         weights, indices = route(logits, bias, **options)
         return weights, indices, sort_pairs(indices, first, n_local, block)
-    routing = empty_routing(P, n_local, block, logits.device)
+    routing = empty_routing(options["top_k"] + options.get("n_shared", 0), n_local, block, logits.device)
     return *launch_route(logits.contiguous(), bias, routing, first, n_local, block, **options), routing

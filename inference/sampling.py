@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from errors import InputError
+from fused import argmax
 
 TOKEN, ACCEPT, DRAFT = range(3)  # independent streams of random numbers at each position
 
@@ -169,7 +170,7 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """logits [B, V] -> tokens [B], and the distributions [B, V] they were drawn from; None when all rows are greedy."""
     if not sampling.kind.random:
-        return logits.argmax(-1), None
+        return argmax(logits), None
     probs = probabilities(logits, sampling)
     return draw(probs, sampling.seed, position, stream), probs
 
@@ -211,5 +212,5 @@ def verify(
     """
     if sampling.kind.random:
         return accept(probabilities(logits, sampling), q, drafts, sampling.seed, position)
-    best = logits.argmax(-1)
+    best = argmax(logits.flatten(0, 1)).view(logits.shape[:2])
     return best, (best[:, :-1] == drafts).long().cumprod(1).sum(1)

@@ -84,7 +84,7 @@ def test_the_folder_is_what_a_released_fp8_one_is(tmp_path, run, kind, mtp, scal
     config, wanted_config = (json.loads((folder / "config.json").read_text()) for folder in (target, released))
     assert config == wanted_config
     assert AutoConfig.from_pretrained(target).quantization_config == wanted_config["quantization_config"]
-    assert sorted(os.listdir(target)) == sorted(os.listdir(source))
+    assert sorted(os.listdir(target)) == sorted([*os.listdir(source), "SHA256SUMS"])
     checkpoint = Checkpoint(target)
     checkpoint.check(2)
     assert (checkpoint.args.dtype, checkpoint.args.scale_fmt) == ("fp8", scale_fmt)
@@ -92,7 +92,7 @@ def test_the_folder_is_what_a_released_fp8_one_is(tmp_path, run, kind, mtp, scal
     names = [name for name in before if is_quantised(name)]
     back = dequantise(after, torch.bfloat16)
     errors = [float((back[name] - before[name]).abs().max() / before[name].abs().max()) for name in names]
-    number, exact, most = re.match(
+    number, exact, most = re.search(
         r"(\d+) weights quantised; cast back to BF16, (\d+) are what they were; .* ([\d.]+)% of their", out
     ).groups()
     assert (int(number), int(exact)) == (len(names), 0)
@@ -103,7 +103,7 @@ def test_the_command_line_and_a_run_of_the_model(small, tmp_path):
     line = [sys.executable, ROOT / "inference" / "bf16_cast_fp8.py", "--input-bf16-hf-path", small, "--device", "cpu"]
     line += ["--output-fp8-hf-path", tmp_path / "out"]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0 and done.stdout.endswith("GB/s\n"), done.stderr
+    assert done.returncode == 0 and "are what they were" in done.stdout, done.stderr
     for gemm in ("bf16", "fp8"):
         llm = LLM(tmp_path / "out", device="cpu", gemm=gemm, max_seq_len=64)
         (completion,) = llm.generate("the quick brown", SamplingParams(temperature=0.0, max_tokens=6))
@@ -199,8 +199,6 @@ DAMAGE = {
     "not BF16": (lambda f: set_config(f, torch_dtype="float32"), "not a BF16 checkpoint: it is fp32"),
     "FP32 weight": (lambda f: edit(f, lambda t: t.update({WEIGHT: t[WEIGHT].float()})), "is F32, wanted BF16"),
     "tensor missing": (lambda f: edit(f, lambda t: t.pop(WEIGHT)), f"{WEIGHT} is missing"),
-    "NaN": (lambda f: edit(f, lambda t: t[WEIGHT][3].fill_(torch.nan)), f"{WEIGHT} holds NaN or infinite values"),
-    "infinity": (lambda f: edit(f, lambda t: t[WEIGHT][3].fill_(-torch.inf)), f"{WEIGHT} holds NaN or infinite"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 99_999), "is it cut short?"),
     "our config": (our_config, "config: architecture .* is not supported"),
 }
@@ -216,6 +214,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(small, tmp_path, run, case):
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
     assert re.search(message, err), err
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_no_number_is_named(small, tmp_path, run, value):
+    source = Path(shutil.copytree(small, tmp_path / "in"))
+    edit(source, lambda t: t[WEIGHT][3].fill_(value))
+    code, out, err = run(source, tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{WEIGHT} holds NaN or infinite values" in err and f"or remove {tmp_path / 'out'}" in err
 
 
 def test_inputs_and_arguments_that_are_refused(small, tmp_path, run):

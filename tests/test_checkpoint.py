@@ -27,7 +27,7 @@ from errors import InputError
 from kernel import E4M3
 from model import Transformer
 from parallel import Parallel
-from safetensors_io import SafetensorsFile, SafetensorsWriter
+from safetensors_io import Layout, SafetensorsFile, SafetensorsWriter
 
 V3_FOLDERS = {
     "fp8": {"dtype": "fp8", "mtp": 2, "shards": 3},
@@ -200,7 +200,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
 def test_files_written_here_are_read_by_the_library_and_back(tmp_path):
     tensors = some_tensors()
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with SafetensorsWriter(tmp_path / "a.safetensors", layout, {"rank": "3"}) as writer:
+    with SafetensorsWriter(tmp_path / "a.safetensors", Layout(layout), {"rank": "3"}) as writer:
         for name in reversed(layout):  # in another order than the file's
             assert not (tmp_path / "a.safetensors").exists()
             writer.write(name, tensors[name])
@@ -227,7 +227,7 @@ def test_slices_are_those_of_the_library(tmp_path):
 
 
 def test_a_failed_write_leaves_no_file(tmp_path):
-    layout = {"x": (torch.float32, (2,))}
+    layout = Layout({"x": (torch.float32, (2,))})
     with pytest.raises(KeyboardInterrupt), SafetensorsWriter(tmp_path / "a.safetensors", layout, {}):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -598,32 +598,19 @@ def weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
     return stored, dequantise(stored)
 
 
-def expected_parameters(path: Path, args: ModelArgs, model: Transformer, split: Parallel) -> dict[str, torch.Tensor]:
-    """Every parameter of `model` cut and stacked by hand from the whole tensors of an HF folder."""
+def expected_slice(path: Path, args: ModelArgs, name: str, place: torch.Tensor, rank: int) -> torch.Tensor:
+    """What goes to `place`, cut by hand from a whole tensor of an HF folder."""
     stored, exact = weights(path)
-    expected = {}
-    for name, parameter in model.named_parameters():
-        stacked = ".experts." in name
-        stems = [name]
-        if stacked:
-            first = split.rank * parameter.shape[0] if split.expert_parallel else 0
-            stems = [name.replace(".experts.", f".experts.{first + i}.") for i in range(parameter.shape[0])]
-        whole = []
-        for stem in stems:
-            hf_name = tensor_specs(args)[stem].hf_name
-            kept = parameter.dtype == E4M3 or stem.endswith(".scale")
-            whole.append((stored if kept else exact)[hf_name])
-        rows = parameter.shape[1] if stacked else parameter.shape[0]
-        parts = []
-        for tensor in whole:
-            r = split.rank
-            if tensor.shape[0] != rows:
-                tensor = tensor[r * rows : (r + 1) * rows]
-            if tensor.dim() == 2 and tensor.shape[1] != parameter.shape[-1]:
-                tensor = tensor[:, r * parameter.shape[-1] : (r + 1) * parameter.shape[-1]]
-            parts.append(tensor)
-        expected[name] = (torch.stack(parts) if stacked else parts[0]).to(parameter.dtype)
-    return expected
+    hf_name = tensor_specs(args)[name].hf_name
+    whole = (stored if place.dtype == E4M3 or name.endswith(".scale") else exact)[hf_name]
+    shape = place.shape
+    if len(shape) == 3:  # several shared experts, which are one wide MLP in the checkpoint
+        assert ".shared_experts." in name and args.n_shared_experts in shape[:2]
+        shape = (shape[0], shape[1] * shape[2]) if ".w2." in name else (shape[0] * shape[1], shape[2])
+    for dim, size in enumerate(shape):
+        if whole.shape[dim] != size:
+            whole = whole.narrow(dim, rank * size, size)
+    return whole.to(place.dtype).view(place.shape)
 
 
 def poisoned_model(args: ModelArgs, parallel: Parallel) -> Transformer:
@@ -653,9 +640,17 @@ def test_every_parameter_gets_its_slice(folder, tmp_path, source, kind, dtype, m
         checkpoint, parallel = Checkpoint(path), Parallel(rank, mp, expert_parallel)
         model = poisoned_model(checkpoint.args, parallel)
         load_model(model, checkpoint, parallel, progress=False)
-        expected = expected_parameters(source_path, checkpoint.args, model, parallel)
-        for name, parameter in model.named_parameters():
-            assert same_bits(parameter, expected[name]), name
+        experts = range(checkpoint.args.n_routed_experts)
+        if expert_parallel:
+            experts = experts[rank * len(experts) // mp : (rank + 1) * len(experts) // mp]
+        places = model.weights()
+        assert places.keys() == {
+            spec.name
+            for spec in tensor_specs(checkpoint.args).values()
+            if (spec.expert is None or spec.expert in experts) and not spec.name.endswith(".wkv_b.scale")
+        }
+        for name, place in places.items():
+            assert same_bits(place, expected_slice(source_path, checkpoint.args, name, place, rank)), name
 
 
 def test_an_fp8_checkpoint_fills_a_wider_model(folder):
@@ -668,18 +663,18 @@ def test_an_fp8_checkpoint_fills_a_wider_model(folder):
         model = poisoned_model(args, Parallel())
         load_model(model, checkpoint, Parallel(), progress=False)
         specs = tensor_specs(args)
-        for name, parameter in model.named_parameters():
-            if ".experts." not in name:
-                wide = dtype == "fp32" or ".gate." in name
-                assert parameter.dtype == (torch.float32 if wide else torch.bfloat16)
-                # One rounding in fp32 and one in bf16 against one in float64.
-                wanted = stored[specs[name].hf_name].double()
-                assert (parameter.double() - wanted).abs().max() <= wanted.abs().max() * 2**-8
-                if dtype == "fp32":
-                    assert torch.equal(parameter, stored[specs[name].hf_name].float()), name
+        for name, place in model.weights().items():
+            wide = dtype == "fp32" or ".gate." in name
+            assert place.dtype == (torch.float32 if wide else torch.bfloat16)
+            # One rounding in fp32 and one in bf16 against one in float64.
+            wanted = stored[specs[name].hf_name].double()
+            assert ((place.double() - wanted).abs() <= wanted.abs() * 2**-8).all(), name
+            if dtype == "fp32":
+                assert torch.equal(place, wanted.float()), name
         experts = model.layers[2].ffn.experts.w2.weight
-        assert experts.shape == (12, 384, 256)
-        wanted = torch.stack([stored[f"model.layers.2.mlp.experts.{i}.down_proj.weight"] for i in range(12)])
+        assert experts.shape == (12 + 1, 384, 256)  # and the shared one
+        wanted = [stored[f"model.layers.2.mlp.experts.{i}.down_proj.weight"] for i in range(12)]
+        wanted = torch.stack([*wanted, stored["model.layers.2.mlp.shared_experts.down_proj.weight"]])
         torch.testing.assert_close(experts.float(), wanted.float(), rtol=2**-8, atol=0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -23,9 +22,9 @@ from checkpoint import INDEX_FILE, Checkpoint, shard, tensor_specs
 from checkpoints import SMALL, dequantise, make_hf, oracle, read_weights, same_bits
 from config import ModelArgs
 from errors import run_command
-from safetensors_io import SafetensorsWriter
 
 ROOT = Path(__file__).parents[1]
+SUMMARY = r"GB/s, peak memory \d\.\d\d GB"
 WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
@@ -95,10 +94,15 @@ def test_shards_hold_every_slice_bit_for_bit(tmp_path, run, kind, dtype, mp, exp
     flags = ["--n-experts", ModelArgs.load(source / "config.json").n_routed_experts]
     code, out, err = run(convert, *convert_argv(source, target, mp), *flags, *["--expert-parallel"] * expert_parallel)
     assert (code, err) == (0, "")
-    *skipped, summary = out.splitlines()
+    *skipped, counts, summary = out.splitlines()
     specs = tensor_specs(ModelArgs.load(source / "config.json"))
-    assert summary.startswith(f"{target}: {len(specs)} tensors for {mp} ranks, 0.0") and summary.endswith("GB/s")
     stored = read_weights(source)
+    n, n_skipped = (int(re.search(rf"(\d+) {word}", counts)[1]) for word in ("tensors", "skipped"))
+    whole = sum(s.split is None or (expert_parallel and s.expert is not None) for s in specs.values())
+    whole = len(specs) if mp == 1 else whole
+    assert (n, n_skipped) == (len(stored), len(skipped))
+    assert f"{len(specs) - whole} converted, {whole} copied" in counts
+    assert re.fullmatch(rf"{target}: \d+ tensors in {mp} files, 0\.0\d+ GB written in .* s, .*{SUMMARY}", summary)
     assert {line.split()[1].rstrip(":") for line in skipped} == stored.keys() - {
         spec.hf_name for spec in specs.values()
     }
@@ -120,11 +124,11 @@ def test_shards_hold_every_slice_bit_for_bit(tmp_path, run, kind, dtype, mp, exp
 def test_a_converted_folder_is_complete(small, tmp_path, run):
     code, *_ = run(convert, *convert_argv(small, tmp_path / "out"))
     assert code == 0
-    names = ["LICENSE-MODEL", "README.md", "chat_template.jinja", "config.json", "generation_config.json"]
+    names = ["LICENSE-MODEL", "README.md", "SHA256SUMS", "chat_template.jinja", "config.json", "generation_config.json"]
     names += ["model0-mp2.safetensors", "model1-mp2.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(tmp_path / "out")) == names
     for name in names:
-        if not name.endswith(".safetensors"):
+        if not name.endswith(".safetensors") and name != "SHA256SUMS":
             assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
 
 
@@ -154,7 +158,7 @@ def test_shards_become_the_folder_they_were_made_from(
     code, out, err = run(convert, *to_hf_argv(tmp_path / "shards", target))
     stored, back = read_weights(source), read_weights(target)
     assert (code, err) == (0, "")
-    assert out.startswith(f"{target}: {len(stored)} tensors of {mp} ranks in ") and out.endswith("GB/s\n")
+    assert re.search(rf"{target}: {len(stored)} tensors in \d+ files, .*{SUMMARY}\n$", out)
     assert back.keys() == stored.keys()
     assert all(same_bits(back[name], stored[name]) for name in stored)
     Checkpoint(target).check()
@@ -236,23 +240,6 @@ def test_the_way_back_refuses_bad_shards_and_leaves_nothing(small, tmp_path, run
         assert not (tmp_path / "x").exists()
 
 
-def test_the_way_back_interrupted_leaves_nothing(small, tmp_path, run, monkeypatch):
-    run(convert, *convert_argv(small, tmp_path / "shards"))
-    read_whole, names = convert.read_whole, []
-
-    def stop(spec, *rest):
-        names.append(spec.name)
-        if len(names) == 60:
-            assert list((tmp_path / "out").glob("*.safetensors"))  # some files are complete by now
-            raise KeyboardInterrupt
-        return read_whole(spec, *rest)
-
-    monkeypatch.setattr(convert, "MAX_FILE_BYTES", 100_000)
-    monkeypatch.setattr(convert, "read_whole", stop)
-    assert run(convert, *to_hf_argv(tmp_path / "shards", tmp_path / "out")) == (130, "", "interrupted\n")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["shards"]
-
-
 # --- cast -------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +284,7 @@ def test_cast_files_index_and_config(casted):
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     assert list(json.loads((target / "config.json").read_text()).items()) == list(config.items())
-    assert sorted(os.listdir(target)) == sorted(os.listdir(source))
+    assert sorted(os.listdir(target)) == sorted([*os.listdir(source), "SHA256SUMS"])
     checkpoint = Checkpoint(target)
     checkpoint.check(2)
     assert checkpoint.args.dtype == "bf16"
@@ -329,7 +316,7 @@ def test_cast_keeps_the_key_of_the_type_and_names_no_missing_code(small, tmp_pat
     assert {"torch_dtype", "dtype"} & config.keys() == {key}
     (source / "config.json").write_text(json.dumps(config | {key: "float32", "auto_map": {"AutoConfig": "x.X"}}))
     code, out, err = run(fp8_cast_bf16, *cast_argv(source, tmp_path / "bf16"))
-    assert (code, err) == (0, "") and out.endswith("GB/s\n")
+    assert (code, err) == (0, "") and re.search(SUMMARY + "\n$", out)
     result = json.loads((tmp_path / "bf16" / "config.json").read_text())
     assert result == {name: value for name, value in config.items() if name != "quantization_config"} | {
         key: "bfloat16"
@@ -378,10 +365,6 @@ DAMAGE = {
         "the scale of an FP8 weight, is missing",
     ),
     "tensor missing": (lambda f: edit(f, lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
-    "NaN in a scale": (  # found on the way, when most is written
-        lambda f: edit(f, lambda t: t[WEIGHT + "_scale_inv"].fill_(torch.nan)),
-        "negative, NaN or infinite",
-    ),
     "Llama": (
         lambda f: (f / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'),
         "LlamaForCausalLM.* not supported",
@@ -428,51 +411,6 @@ def test_output_folders_that_are_refused(small, tmp_path, run, command):
         assert sorted(tmp_path.rglob("*")) == before, target
 
 
-@both
-def test_an_empty_output_folder_is_kept_when_the_run_fails(small, tmp_path, run, command, monkeypatch):
-    module, argv = COMMANDS[command]
-    (tmp_path / "out").mkdir()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", full)
-    code, _, err = run(module, *argv(small, tmp_path / "out"))
-    assert code == 2 and "cannot be written: No space left on device" in err and err.count("\n") == 1
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
-
-
-@both
-def test_ctrl_c_half_way_leaves_nothing(small, tmp_path, run, command, monkeypatch):
-    module, argv = COMMANDS[command]
-    written = []
-    original = SafetensorsWriter.write
-
-    def write(self, name, tensor):
-        written.append(name)
-        if len(written) == 60:
-            assert list((tmp_path / "out").glob("*.incomplete")) and not (tmp_path / "out" / "config.json").exists()
-            raise KeyboardInterrupt
-        original(self, name, tensor)
-
-    monkeypatch.setattr(SafetensorsWriter, "write", write)
-    assert run(module, *argv(small, tmp_path / "out")) == (130, "", "interrupted\n")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_run_leaves_what_readers_refuse(small, tmp_path, run, monkeypatch):
-    """As after SIGKILL or a power cut just before the end: all weights there, no config."""
-    monkeypatch.setattr(convert, "copy_file", lambda *_: os._exit(9))
-    if (child := os.fork()) == 0:
-        convert.convert(small, tmp_path / "out", 2)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    code, _, err = run(convert, *convert_argv(small, tmp_path / "out"))
-    assert code == 2 and "not empty (left by an interrupted run? then remove it)" in err
-    code, _, err = run(convert, *convert_argv(tmp_path / "out", tmp_path / "again"))
-    assert code == 2 and "no config.json: not a checkpoint, or a conversion that was interrupted" in err
-
-
 def test_arguments_that_do_not_fit_the_checkpoint(small, tmp_path, run):
     converted = tmp_path / "converted"
     assert run(convert, *convert_argv(small, converted, 1))[0] == 0
@@ -498,7 +436,7 @@ def test_the_command_line_itself(small, tmp_path, command):
     module, argv = COMMANDS[command]
     line = [sys.executable, str(ROOT / "inference" / f"{module.__name__}.py"), *map(str, argv(small, tmp_path / "out"))]
     good = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert good.returncode == 0 and "%|" in good.stderr and good.stdout.rstrip().endswith("GB/s"), good.stderr
+    assert good.returncode == 0 and "%|" in good.stderr and re.search(SUMMARY, good.stdout), good.stderr
     again = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"error: {tmp_path / 'out'}: the output folder is not empty; choose another\n"

@@ -500,17 +500,26 @@ def test_rows_that_pad_a_graph_hold_nothing_any_more(folder):
         assert turn(llm, longer)[0] == turn(fresh, longer)[0]
 
 
+def all_stay(logits, q, drafts, sampling, position):
+    """A rule for drafts as benchmarks need one, whose random weights would accept nothing."""
+    return logits.argmax(-1), torch.full_like(position, drafts.shape[1])
+
+
 def test_the_rule_for_drafts_can_be_replaced(folder):
-    """As a benchmark does, whose random weights would accept nothing."""
-
-    def all_stay(logits, q, drafts, sampling, position):
-        return logits.argmax(-1), torch.full_like(position, drafts.shape[1])
-
     model = load(folder, mtp=2).model
     engine = Engine(model, 2, LENGTH, n_drafts=2, verify=all_stay)
     for _ in engine.run([Request([5, 6], greedy(10), i) for i in range(2)]):
         pass
     assert engine.stats.accepted == engine.stats.drafted == [6, 6] and engine.stats.steps == 3
+
+
+def test_a_step_too_many_stays_inside_the_cache(folder):
+    """A row is full, which the host has not seen, and with its drafts the next step would begin past the end."""
+    engine = Engine(load(folder, mtp=2).model, 2, LENGTH, n_drafts=2, run_ahead=True, verify=all_stay)
+    requests = [Request([5] * (LENGTH - 2), greedy(99)), Request([6] * 3, greedy(30))]
+    for _ in engine.run(requests):
+        assert engine.decoder.position.max() < LENGTH
+    assert [len(request.tokens) for request in requests] == [2, 30]
 
 
 # --- turns of a conversation ------------------------------------------------------------------------------------------

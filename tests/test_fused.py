@@ -27,8 +27,11 @@ from fused import (
     add_rms_norm,
     add_rms_norm_ref,
     apply_rotary_ref,
+    argmax,
     expand_value,
     expand_value_ref,
+    join_keys,
+    join_keys_ref,
     latents,
     latents_ref,
     rotate_query,
@@ -36,7 +39,7 @@ from fused import (
     silu_mul,
     silu_mul_ref,
 )
-from kernel import E4M3, Quantised, act_quant_ref
+from kernel import E4M3, Quantised, act_quant_ref, counters
 
 SCALE_FMTS = [None, "ue8m0"]
 EPS = 1e-6
@@ -203,6 +206,20 @@ def check_silu_mul(device: str, M: int, inter: int, dtype: torch.dtype) -> None:
     check_op(lambda *how: silu_mul(y, *how), lambda x: assert_near(x, wanted, case, roundings=2.01), case)
 
 
+def check_join_keys(device: str, M: int, H: int, N: int, V: int, R: int, dtype: torch.dtype) -> None:
+    kv, k_pe = random(M, H, N + V, dtype=dtype).to(device), random(M, 7 + R, dtype=dtype).to(device)[:, 7:]
+    assert torch.equal(join_keys(kv, k_pe, N), join_keys_ref(kv, k_pe, N)), (M, H, N, V, R, dtype)
+
+
+def check_argmax(device: str, B: int, V: int) -> None:
+    """Of equal numbers the first, wherever the programs' chunks end."""
+    x = random(B, V).to(device)
+    x[0, V // 3], x[0, V - 1] = 9.0, 9.0
+    x[-1, -1] = 10.0
+    assert argmax(x).tolist() == [row.index(max(row)) for row in x.tolist()], (B, V)
+    assert not counters(x.device).any()
+
+
 # --- references -------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +294,10 @@ def interpreted() -> None:
             check_halves("cpu", M, H, N, V, C, R, dtype)
         for M, inter in ((1, 128), (3, 300), (7, 640)):
             check_silu_mul("cpu", M, inter, dtype)
+        for M, H, N, V, R in ((1, 3, 24, 16, 8), (3, 17, 128, 128, 64)):
+            check_join_keys("cpu", M, H, N, V, R, dtype)
+    for B, V in ((2, 5), (1, 2049), (3, 5000)):
+        check_argmax("cpu", B, V)
     print("interpreted")
 
 
@@ -319,6 +340,16 @@ def test_gpu_halves(M, dtype):
 def test_gpu_silu_mul(M, dtype):
     for inter in (2048, 256, 200) if M > 1000 else (18432, 10944, 2048, 1408, 512, 256, 200):
         check_silu_mul("cuda", M, inter, dtype)
+
+
+@pytest.mark.gpu
+def test_gpu_join_keys_and_argmax():
+    for dtype in DTYPES:
+        for M in (1, 7, 1000):
+            check_join_keys("cuda", M, 128, 128, 128, 64, dtype)
+            check_join_keys("cuda", M, 3, 24, 16, 8, dtype)
+    for B, V in ((2, 5), (1, 129280), (64, 102400), (3, 5000)):
+        check_argmax("cuda", B, V)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,17 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from attention import prefill_attention, prefill_attention_ref
+from config import ModelArgs
 from kernel import (
     E4M3,
+    Quantised,
+    Tiles,
     act_quant,
     act_quant_ref,
+    counters,
     fp8_gemm,
     fp8_gemm_ref,
+    launch_gemm,
     linear,
     linear_fp32,
     weight_dequant,
@@ -31,6 +36,8 @@ from kernel import (
     weight_quant,
     weight_quant_ref,
 )
+from model import Linear, Transformer
+from parallel import Parallel
 
 SCALE_FMTS = [None, "ue8m0"]
 ODD_SHAPES = [(1, 128), (3, 200), (129, 130), (256, 384), (300, 72)]
@@ -221,14 +228,19 @@ def test_shapes_that_do_not_belong_together():
 
 
 def test_linear():
-    x, w = random(2, 3, 256, dtype=torch.bfloat16), random(130, 256)
+    x, w = random(6, 256, dtype=torch.bfloat16), random(130, 256)
     assert torch.equal(linear(x, w.bfloat16()), F.linear(x, w.bfloat16()))
     for scale_fmt in SCALE_FMTS:
         y, scale = weight_quant(w, scale_fmt)
         found = linear(x, y, scale, scale_fmt)
-        assert found.dtype == x.dtype and found.shape == (2, 3, 130)
-        assert torch.equal(found.flatten(0, 1), fp8_gemm(*act_quant(x.flatten(0, 1), scale_fmt), y, scale))
+        assert found.dtype == x.dtype and found.shape == (6, 130)
+        assert torch.equal(found, fp8_gemm(*act_quant(x, scale_fmt), y, scale))
         assert linear(x.float(), y, scale, scale_fmt).dtype == torch.float32
+        # What is quantised already is not quantised again; its own form is for products that are not in FP8.
+        other = torch.full_like(x, torch.nan)
+        assert torch.equal(linear(Quantised(other, *act_quant(x, scale_fmt)), y, scale), found)
+        assert torch.equal(linear(Quantised(None, *act_quant(x, scale_fmt)), y, scale), found)
+        assert torch.equal(linear(Quantised(x, *act_quant(other, scale_fmt)), w.bfloat16()), linear(x, w.bfloat16()))
 
 
 def check_linear_fp32(device: str) -> None:
@@ -283,7 +295,51 @@ def interpreted() -> None:
             for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7)):
                 found = fp8_gemm(*map(before_nans, operands), dtype)
                 assert relative(found, product(*operands)) < most, (scale_fmt, M, N, K, dtype)
+    interpreted_gemm()
     print("interpreted")
+
+
+def interpreted_gemm() -> None:
+    """gemm_kernel as it is cut for few and for many tokens, in one part and in several, in its three formats."""
+    few, many = Tiles(16, 64, 1, 4, 3, True), Tiles(64, 128, 1, 4, 3, False)
+    cases = [
+        (1, 128, 128, few),
+        (1, 128, 640, few._replace(split=5)),  # a slice each
+        (3, 130, 2000, few._replace(split=3)),  # 16 slices, the last of 80: 6, 6 and 4
+        (16, 65, 1100, few._replace(block_n=128, split=4)),  # 9 slices: 3, 3, 3 and none
+        (17, 129, 1000, few._replace(block_m=32, split=2)),
+        (66, 129, 456, many),
+        (130, 40, 256, many._replace(block_m=128)),
+        (65, 200, 700, many._replace(split=2)),
+        (7, 33, 200, None),
+        (40, 129, 3000, None),
+    ]
+    for M, N, K, tiles in cases:
+        x, w = random(M, K), random(N, K, seed=1)
+        a, a_scale, b, b_scale = *act_quant_ref(x), *weight_quant_ref(w)
+        column_major = a_scale.t().contiguous().t()
+        wanted = {
+            "fp8": product(a, a_scale, b, b_scale),
+            "w8a16": x.double() @ weight_dequant_ref(b, b_scale, torch.float32).double().T,
+            "wide": x.double() @ w.double().T,
+        }
+        inputs = {
+            "fp8": [(a, a_scale, b, b_scale), (a, column_major, b, b_scale)],
+            "w8a16": [(x, None, b, b_scale)],
+            "wide": [(x, None, w, None)],
+        }
+        for kind, alike in inputs.items():
+            for operands in alike:
+                y = before_nans(torch.full((M, N), torch.nan))
+                launch_gemm(*(None if t is None else strided_before_nans(t) for t in operands), y, tiles=tiles)
+                assert relative(y, wanted[kind]) < 1e-6, (kind, M, N, K, tiles)
+                assert (y._base[y.nbytes :] == 0xFF).all()  # what lies behind it is as it was
+                assert not counters(y.device).any(), (kind, M, N, K, tiles)
+
+
+def strided_before_nans(x: torch.Tensor) -> torch.Tensor:
+    """before_nans of a matrix that may be laid out by columns."""
+    return before_nans(x) if x.is_contiguous() else before_nans(x.t()).t()
 
 
 # --- the kernels on a GPU ---------------------------------------------------------------------------------------------
@@ -312,23 +368,79 @@ def test_gpu_weight_dequant_bit_for_bit(shape):
         assert equal_bits(weight_dequant(w.cuda(), scale.cuda(), dtype), weight_dequant_ref(w, scale, dtype))
 
 
+def linear_shapes() -> dict[str, list[tuple[int, int]]]:
+    """[N, K] of the plain linears of the released models on one rank, and on a rank of 4 and of 8."""
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    for config in sorted((Path(__file__).parents[1] / "configs").glob("*.json")):
+        args = ModelArgs.load(config)
+        args = replace(args, n_layers=args.n_dense_layers + 1, n_mtp_layers=0)
+        for mp in (1, 4, 8):
+            with torch.device("meta"):
+                model = Transformer(args, Parallel(0, mp))
+            linears = (module for module in model.modules() if isinstance(module, Linear))
+            found = {tuple(module.weight.shape) for module in linears if module.weight.dim() == 2}
+            found -= {tuple(model.head.weight.shape), tuple(model.layers[0].attn.wkv_b.weight.shape)}  # never in FP8
+            shapes.setdefault(config.stem, []).extend(sorted(found))
+    return shapes
+
+
+ALL_M = (1, 2, 7, 8, 16, 33, 64, 65, 130, 1000, 4096)
+ALL_SHAPES = sorted({shape for shapes in linear_shapes().values() for shape in shapes})
+# A kernel is compiled for each: those with all numbers of tokens, and three of them for every other shape.
+WITH_ALL_M = [(2176, 7168), (3072, 1536), (7168, 2048)]
+M_OF_SHAPE = {shape: [ALL_M[(i + j) % len(ALL_M)] for j in (0, 4, 7)] for i, shape in enumerate(ALL_SHAPES)}
+M_OF_SHAPE |= {shape: ALL_M for shape in [*WITH_ALL_M, (129, 456)]}
+
+
+def test_shapes_are_the_models():
+    assert set(WITH_ALL_M) < set(ALL_SHAPES) and {M for some in M_OF_SHAPE.values() for M in some} == set(ALL_M)
+    assert linear_shapes()["config_671B"] == linear_shapes()["config_v3.1"]
+    assert len(ALL_SHAPES) > 20
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("N", "K"), [(2112, 7168), (3072, 1536), (7168, 2048), (4096, 7168), (576, 7168), (129, 456)])
+@pytest.mark.parametrize(("N", "K"), M_OF_SHAPE)
 def test_gpu_gemm(N, K):
     generator = torch.Generator("cuda").manual_seed(0)
     w = torch.randn(N, K, device="cuda", generator=generator)
-    for M in (1, 2, 7, 16, 64, 65, 129, 1000, 4096):
-        x = torch.randn(M, K, device="cuda", generator=generator)
-        unquantised = x.double() @ w.double().T
-        for scale_fmt in SCALE_FMTS:
-            operands = *act_quant(x, scale_fmt), *weight_quant(w, scale_fmt)
-            exact = product(*operands)
+    all_x = torch.randn(max(M_OF_SHAPE[N, K]), K, device="cuda", generator=generator)
+    unquantised = all_x.double() @ w.double().T
+    for scale_fmt in SCALE_FMTS:
+        w_operands = weight_quant(w, scale_fmt)
+        all_exact = product(*act_quant(all_x, scale_fmt), *w_operands)
+        for M in M_OF_SHAPE[N, K]:
+            operands, exact = (*act_quant(all_x[:M], scale_fmt), *w_operands), all_exact[:M]
             torch.full((M, N), torch.nan, dtype=torch.bfloat16, device="cuda")  # freed: the output gets this memory
             found = fp8_gemm(*operands)
-            assert calc_diff(found, unquantised) < 1e-3, (M, scale_fmt)
+            assert calc_diff(found, unquantised[:M]) < 1e-3, (M, scale_fmt)
             rounding = relative(exact.bfloat16(), exact)
             assert relative(found, exact) <= 1.05 * rounding, (M, scale_fmt, relative(found, exact), rounding)
-            assert relative(fp8_gemm(*operands, torch.float32), exact) < 1e-3, (M, scale_fmt)
+            row_errors = (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
+            assert row_errors.max() < 2.0**-7, (M, scale_fmt)  # none of the rows is wrong
+            if M in (7, 1000) and (N, K) in WITH_ALL_M:
+                assert relative(fp8_gemm(*operands, torch.float32), exact) < 1e-3, (M, scale_fmt)
+    assert not counters(w.device).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(2176, 7168), (576, 2048), (129, 456)])
+def test_gpu_linear_in_bf16_and_with_fp8_weights(N, K):
+    """Few tokens by gemm_kernel, more by the library; e4m3 weights under bf16 activations, in one part and several."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    w = torch.randn(N, K, device="cuda", generator=generator)
+    quantised, scale = weight_quant(w)
+    dequantised = weight_dequant_ref(quantised, scale, torch.float64)
+    for M in (1, 8, 16, 33, 130):
+        x = torch.randn(M, K, device="cuda", generator=generator).bfloat16()
+        exact = x.double() @ w.bfloat16().double().T
+        # The library may add parts of K that it has rounded.
+        most = (1.05 if M <= 16 else 2) * relative(exact.bfloat16(), exact)
+        assert relative(linear(x, w.bfloat16()), exact) <= most, M
+        found = torch.full((M, N), torch.nan, dtype=torch.bfloat16, device="cuda")
+        launch_gemm(x, None, quantised, scale, found)
+        exact = x.double() @ dequantised.T
+        assert relative(found, exact) <= 1.05 * relative(exact.bfloat16(), exact), M
+    assert not counters(w.device).any()
 
 
 @pytest.mark.gpu
@@ -344,28 +456,11 @@ def test_gpu_gemm_of_uneven_scales(M, N, K):
 @pytest.mark.gpu
 def test_gpu_linear():
     check_linear_fp32("cuda")
-    x, w = random(5, 3, 384, dtype=torch.bfloat16), random(200, 384)
+    x, w = random(15, 384, dtype=torch.bfloat16), random(200, 384)
     for scale_fmt in SCALE_FMTS:
         y, scale = weight_quant_ref(w, scale_fmt)
         found, wanted = linear(x.cuda(), y.cuda(), scale.cuda(), scale_fmt), linear(x, y, scale, scale_fmt)
-        assert found.shape == (5, 3, 200) and relative(found.cpu(), wanted.double()) < 2.0**-8
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("D_k", "D_v"), [(192, 128), (128, 64)])
-def test_gpu_prefill_attention(D_k, D_v):
-    """Chunks at any position over more keys than they may see, of which what lies past them is garbage."""
-    B, S, T, H = 3, 70, 200, 4
-    q, k, v = (random(B * n * H, D, seed=n + D).view(B, n, H, D) / 64 for n, D in ((S, D_k), (T, D_k), (T, D_v)))
-    start = torch.tensor([0, 130, 55])
-    for row, first in enumerate(start.tolist()):
-        k[row, first + S :], v[row, first + S :] = 100.0, 1e4
-    positions = start[:, None] + torch.arange(S)
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)):
-        inputs = [x.to(dtype) for x in (q, k, v)]
-        wanted = prefill_attention_ref(*inputs, positions, 0.1)
-        found = prefill_attention(*(x.cuda() for x in inputs), positions.cuda(), 0.1)
-        assert found.dtype == dtype and relative(found.cpu(), wanted.double()) < most
+        assert found.shape == (15, 200) and relative(found.cpu(), wanted.double()) < 2.0**-8
 
 
 if __name__ == "__main__":

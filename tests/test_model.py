@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kernel
+import model as model_module
 from checkpoint import Checkpoint, load_model, tensor_specs
-from checkpoints import COMMON, KINDS, dequantise, hf_config, make_hf, mtp_oracle, oracle
+from checkpoints import COMMON, KINDS, SMALL, dequantise, hf_config, make_hf, mtp_oracle, oracle
 from config import ModelArgs
+from fused import quantised_ref
+from kernel import E4M3, Quantised, weight_dequant_ref, weight_quant
 from model import Gate, Linear, RMSNorm, Transformer, rotary_frequencies
 from parallel import Parallel
 
@@ -190,7 +194,7 @@ def test_absorbed_equals_expanded(load, kind):
     model = load(kind)
     attn, args = model.layers[1].attn, model.args
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 5, args.dim, generator=generator)
+    x = torch.randn(3 * 5, args.dim, generator=generator)
     prefix = torch.randn(3, 80, args.cache_dim, generator=generator)
     step = model.step((3, 5), torch.tensor([0, 31, 75]), kv_len=80)
     caches = prefix.clone(), prefix.clone()
@@ -207,7 +211,7 @@ def test_the_cheaper_of_the_two_is_taken(v3):
     def operations(S: int, kv_len: int, absorb: bool | None) -> int:
         step = v3.step((1, S), torch.tensor([kv_len - S]), kv_len=kv_len)
         with FlopCounterMode(display=False) as counter:
-            attn(torch.zeros(1, S, v3.args.dim), step, cache, absorb)
+            attn(torch.zeros(S, v3.args.dim), step, cache, absorb)
         return counter.get_total_flops()
 
     chosen = set()
@@ -363,27 +367,46 @@ def test_fp8_and_bf16_stay_near_fp32(hf_folder, load, kind, scale_fmt):
         assert torch.cosine_similarity(logits, exact, dim=-1).median() > floor
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
-def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt, device):
-    """Each one, given its input: the float64 product of the dequantised weight and the input rounded to e4m3."""
-    errors = []
+def without_nan(model: Transformer) -> Transformer:
+    """A copy with zeros where no tensor of the checkpoint was loaded to: it fills up a block of scales of wqkv_a."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("wqkv_a.weight"):
+            parameter.view(torch.uint8).masked_fill_(parameter.float().isnan(), 0)
+    return model
 
-    def check(x, weight, scale, scale_fmt, linear=kernel.linear):
+
+def rounded_to_e4m3(x: torch.Tensor, scale_fmt: str | None) -> torch.Tensor:
+    """x [M, K], K a multiple of 128, as an FP8 product sees it, in float64."""
+    groups = x.double().unflatten(-1, (-1, 128))
+    s = groups.abs().amax(-1, keepdim=True).float() / torch.tensor(448.0)
+    s = torch.exp2(torch.ceil(torch.log2(s))) if scale_fmt else s
+    return ((groups.float() / s).to(torch.float8_e4m3fn).double() * s.double()).flatten(-2)
+
+
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt):
+    """Each one, given its input: the float64 product of the dequantised weight and the input rounded to e4m3."""
+    errors, quantised_before = [], []
+
+    def check(x, weight, scale=None, scale_fmt=None, linear=kernel.linear):
         y = linear(x, weight, scale, scale_fmt)
         if scale is not None:
-            groups = x.double().unflatten(-1, (-1, 128))
-            s = groups.abs().amax(-1, keepdim=True).float() / torch.tensor(448.0, device=device)
-            s = torch.exp2(torch.ceil(torch.log2(s))) if scale_fmt else s
-            rounded = (groups.float() / s).to(torch.float8_e4m3fn).double() * s.double()
-            errors.append(error(y, rounded.flatten(-2) @ dequantised(weight, scale).T))
+            quantised_before.append(isinstance(x, Quantised))
+            rounded = rounded_to_e4m3(x.x if isinstance(x, Quantised) else x, scale_fmt)
+            errors.append(error(y, rounded @ dequantised(weight, scale).T))
         return y
 
     monkeypatch.setattr("model.linear", check)
-    model = load("v3", "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {}))
-    copy.deepcopy(model).to(device)(random_tokens(2, LENGTH).to(device))
-    assert len(errors) == 3 * 4 + 3 * (1 + 2 * (12 + 1))
+    monkeypatch.setattr("experts.linear", check)
+    # What was quantised where it was computed is kept in its own type too, to compare with.
+    monkeypatch.setattr("fused.quantised_ref", lambda x, scale_fmt, keep: quantised_ref(x, scale_fmt))
+    model = without_nan(load("v3", "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {})))
+    model(random_tokens(2, LENGTH))
+    # wqkv_a, wq_b and wo of 3 layers; w1, w3 and w2 of a dense layer's MLP and, in two, of 12 experts and a shared one.
+    assert len(errors) == 3 * 3 + 3 * (1 + 2 * (12 + 1))
     assert max(errors) < 2.0**-8  # y is rounded to bf16
+    assert sum(quantised_before) == 3 * 2 + 2  # by the norms before wqkv_a, wq_b and the dense layer's w1 and w3
 
 
 def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -394,10 +417,12 @@ def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def test_fp8_weights_and_scales_are_where_they_belong(hf_folder, kind, monkeypatch):
     """With its linears computed exactly and activations in fp32, the FP8 model is transformers' of the same weights."""
 
-    def exact_linear(x, weight, scale, scale_fmt):
+    def exact_linear(x, weight, scale=None, scale_fmt=None):
         return torch.nn.functional.linear(x, weight if scale is None else dequantised(weight, scale).float())
 
     monkeypatch.setattr("model.linear", exact_linear)
+    monkeypatch.setattr("experts.linear", exact_linear)
+    monkeypatch.setattr("fused.quantised_ref", lambda x, *_: x)
     checkpoint = Checkpoint(hf_folder(kind, "fp8"))
     model, tokens = Transformer(checkpoint.args), random_tokens(2, LENGTH)
     for parameter in model.parameters():
@@ -410,23 +435,25 @@ def test_fp8_weights_and_scales_are_where_they_belong(hf_folder, kind, monkeypat
 
 
 def test_scale_fmt_reaches_every_linear(load, monkeypatch):
-    """By what act_quant is asked for, and by the scales it gives."""
+    """By what is asked of those that quantise, and by the scales they give."""
     calls = []
 
-    def record(x, scale_fmt=None, act_quant=kernel.act_quant):
-        y, scale = act_quant(x, scale_fmt)
+    def record(x, scale_fmt=None):
+        y, scale = kernel.act_quant_ref(x, scale_fmt)
         calls.append((scale_fmt, bool((scale.log2() == scale.log2().round()).all())))
         return y, scale
 
-    monkeypatch.setattr(kernel, "act_quant", record)
+    monkeypatch.setattr("kernel.act_quant", record)  # in front of a product
+    monkeypatch.setattr("fused.act_quant_ref", record)  # where the activation is computed
     tokens = random_tokens(1, 40)
     for scale_fmt in (None, "ue8m0"):
         calls.clear()
         model = load("v3", "fp8", scale_fmt=scale_fmt, mtp=1)
         step = model.step(tokens.shape)
         model.draft(0, model.hidden(tokens, step), tokens, step)
-        # 4 blocks: wq_a, wq_b, wkv_a, wo and, as 40 tokens reach every expert, 3 for each MLP.
-        assert len(calls) == 4 * 4 + 3 * (1 + 3 * (12 + 1))
+        # 4 blocks: before wqkv_a, wq_b, wo and the feed-forward part. Of that the dense one takes it as it comes, and
+        # quantises before w2; as 40 tokens reach every expert, each quantises what it gets for w1, w3 and w2.
+        assert len(calls) == 4 * 4 + 1 + 3 * 3 * (12 + 1)
         assert set(calls) == {(scale_fmt, scale_fmt == "ue8m0")}
 
 
@@ -441,20 +468,129 @@ def test_what_is_in_fp8(load):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize("kind", ["v3", "v2lite"])
+@pytest.mark.parametrize("kind", [*KINDS, "small"])
 def test_parameters_are_the_checkpoints_tensors(load, kind, dtype):
-    options = {"mtp": 2} if kind == "v3" else {}
-    model = load(kind, dtype, **options)
-    wanted = {}
-    for spec in tensor_specs(model.args).values():
-        if spec.expert is not None:
-            wanted[spec.name.replace(f"experts.{spec.expert}.", "experts.")] = (spec.n_experts, *spec.shape), spec.dtype
-        elif ".wkv_b." not in spec.name or dtype != "fp8":
-            wanted[spec.name] = spec.shape, spec.dtype
-        elif spec.name.endswith("weight"):
-            wanted[spec.name] = spec.shape, torch.bfloat16
-    found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    """Each tensor of a checkpoint has one place, of its shape and type, and no other tensor's is in it."""
+    options = {"v3": {"mtp": 2}, "small": {"mtp": 1, **SMALL}}.get(kind, {})
+    model = load("v3" if kind == "small" else kind, dtype, **options)
+    args = model.args
+    wanted = {name: (spec.shape, spec.dtype) for name, spec in tensor_specs(args).items()}
+    if dtype == "fp8":  # wkv_b is dequantised as it is read
+        wide = {name: (shape, torch.bfloat16) for name, (shape, _) in wanted.items() if name.endswith(".wkv_b.weight")}
+        wanted = {name: where for name, where in (wanted | wide).items() if not name.endswith(".wkv_b.scale")}
+    found = {name: (joined(name, place.shape), place.dtype) for name, place in model.weights().items()}
     assert found == wanted
+
+    taken = {p.data_ptr(): torch.zeros(p.numel(), dtype=torch.int32) for p in model.parameters()}
+    for place in model.weights().values():
+        marks = taken[place.untyped_storage().data_ptr()]
+        marks.as_strided(place.shape, place.stride(), place.storage_offset()).add_(1)
+    for name, parameter in model.named_parameters():
+        marks = taken[parameter.data_ptr()].view(parameter.shape)
+        if name.endswith("wqkv_a.weight"):  # in FP8 both parts are filled up to whole blocks
+            unit, q_rows = 128 if dtype == "fp8" else 1, args.q_lora_rank or args.n_heads * args.qk_head_dim
+            used = torch.arange(-(-q_rows // unit) * unit + -(-args.cache_dim // unit) * unit)
+            kv_at = -(-q_rows // unit) * unit
+            used = (used < q_rows) | ((used >= kv_at) & (used < kv_at + args.cache_dim))
+            assert torch.equal(marks, used.int()[:, None].expand_as(marks)), name
+        else:
+            assert (marks == 1).all(), name
+
+
+def joined(name: str, shape: torch.Size) -> tuple[int, ...]:
+    """The shape in a checkpoint of where it goes: several shared experts, stacked here, are one wide MLP there."""
+    if len(shape) < 3:
+        return tuple(shape)
+    assert ".shared_experts." in name
+    a, b, c = shape
+    return (a, b * c) if ".w2." in name else (a * b, c)
+
+
+def decisive_model(args: ModelArgs, device: str) -> Transformer:
+    """
+    An FP8 model of random weights in which no rounding sends a token to another expert: its embedding is mainly one of
+    E orthogonal ones, and its gate ranks the experts by how far they are, in a circle, from that direction's.
+    """
+    with torch.device(device):
+        model = Transformer(args)
+    generator = torch.Generator(device).manual_seed(0)
+    E, parameters = args.n_routed_experts, dict(model.named_parameters())
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    for name, parameter in parameters.items():
+        if name.endswith("weight") and parameter.dtype == E4M3:
+            scales = parameters[name.removesuffix("weight") + "scale"]
+            matrices = zip(parameter.view(-1, *parameter.shape[-2:]), scales.view(-1, *scales.shape[-2:]), strict=True)
+            for weight, scale in matrices:
+                values, scale_of_it = weight_quant(normal(*weight.shape) * weight.shape[1] ** -0.5, args.scale_fmt)
+                weight.copy_(values), scale.copy_(scale_of_it)
+        elif parameter.dim() == 1:
+            parameter.copy_(normal(*parameter.shape) * 0.1 + (0 if name.endswith("bias") else 1))
+        elif not name.endswith("scale"):
+            parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5)
+    directions = torch.linalg.qr(normal(args.dim, E))[0].T * args.dim**0.5
+    model.embed.weight.copy_(2 * directions[torch.arange(args.vocab_size) % E] + normal(args.vocab_size, args.dim))
+    preference = torch.linspace(4, -4, E)[(torch.arange(E)[:, None] - torch.arange(E)) % E].to(device)
+    for layer in model.layers:
+        if not layer.dense:
+            layer.ffn.gate.weight.copy_(preference @ directions / args.dim)
+            layer.ffn.gate.bias.zero_()
+    return model
+
+
+def dequantised_model(model: Transformer) -> Transformer:
+    """Of the same numbers in bf16."""
+    with torch.device(model.embed.weight.device):
+        wide = Transformer(replace(model.args, dtype="bf16", scale_fmt=None))
+    weights = model.weights()
+    for name, place in wide.weights().items():
+        weight = weights[name]
+        if weight.dtype == E4M3:
+            weight = weight_dequant_ref(weight, weights[name.removesuffix("weight") + "scale"])
+        place.copy_(weight)
+    return wide
+
+
+# Of 16 experts, with everything else as wide as V3's on a GPU; a dense layer and an MoE layer.
+V3_LIKE = {"n_layers": 2, "n_dense_layers": 1, "n_routed_experts": 16, "n_expert_groups": 4, "n_limited_groups": 2}
+V3_LIKE |= {"n_activated_experts": 4, "vocab_size": 4096, "n_mtp_layers": 0}
+NARROW = {"dim": 512, "inter_dim": 640, "moe_inter_dim": 256, "n_heads": 4, "q_lora_rank": 384, "kv_lora_rank": 128}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_fp8_arithmetic_is_that_of_the_references_and_near_bf16(monkeypatch, device, scale_fmt):
+    """Prefill and decoding: logits by kernels, by the references on the same device, and of the dequantised weights."""
+    args = ModelArgs.load(Path(__file__).parents[1] / "configs" / "config_671B.json")
+    args = replace(args, scale_fmt=scale_fmt, **V3_LIKE, **(NARROW if device == "cpu" else {}))
+    model = decisive_model(args, device)
+    tokens = torch.randint(4096, (2, 100), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of all positions, and the choices of the MoE layer."""
+        indices = []
+        hook = model.layers[1].ffn.gate.register_forward_hook(lambda *called: indices.append(called[2][1][:, :4]))
+        cache = model.new_cache(2, 100)
+        parts = [model(tokens[:, a:b], a, cache, all_positions=True) for a, b in ((0, 90), (90, 97))]
+        parts += [model(tokens[:, i : i + 1], i, cache, all_positions=True) for i in (97, 98, 99)]
+        hook.remove()
+        return torch.cat(parts, 1), torch.cat(indices)
+
+    found, chosen = run(model)
+    assert found.isfinite().all() and len(chosen.unique()) == 16
+    with monkeypatch.context() as patch:
+        for module in ("kernel", "fused", "routing", "experts", "attention"):
+            patch.setattr(f"{module}.on_gpu", lambda x: False)
+        by_references, chosen_by_references = run(model)
+    wide, chosen_in_bf16 = run(dequantised_model(model))
+    assert torch.equal(chosen.sort(-1).values, chosen_by_references.sort(-1).values)
+    print((chosen.sort(-1).values!= chosen_in_bf16.sort(-1).values).sum())
+    assert torch.equal(chosen.sort(-1).values, chosen_in_bf16.sort(-1).values)
+    print(torch.cosine_similarity(found, by_references, dim=-1).min(), torch.cosine_similarity(found, wide, dim=-1).min())
+    assert torch.cosine_similarity(found, by_references, dim=-1).min() > 0.9999
+    assert torch.cosine_similarity(found, wide, dim=-1).min() > 0.999
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -489,6 +625,47 @@ def test_gpu_bf16_and_fp8(load, kind, dtype, scale_fmt):
     assert torch.cosine_similarity(found, wanted, dim=-1).median() > (0.998 if dtype == "bf16" else FP8_FLOOR[kind])
 
 
+def on_cpu(value):
+    if isinstance(value, tuple):
+        parts = map(on_cpu, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def as_tensor(y: torch.Tensor | Quantised) -> torch.Tensor:
+    if not isinstance(y, Quantised):
+        return y
+    return y.values.float() * y.scale.repeat_interleave(128, 1)[:, : y.values.shape[1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_fp8_products_in_their_places(load, monkeypatch, kind, scale_fmt):
+    """Each of the model's products on the GPU, given the inputs that it gets there: as on the CPU."""
+    # Rounded to bf16; to e4m3, half a step of 2^-3; and to bf16 from an e4m3 that may have been rounded to a neighbour.
+    allowed = {"linear": 2.0**-7, "gated_linear": 2.0**-4 * 1.1, "experts": 0.02}
+    errors = {name: [] for name in allowed}
+
+    def compare(name: str, op):
+        def run(*inputs, **options):
+            found = op(*inputs, **options)
+            wanted = as_tensor(op(*map(on_cpu, inputs), **options))
+            errors[name].append(error(as_tensor(on_cpu(found)).float(), wanted.float()))
+            return found
+
+        return run
+
+    for name in allowed:
+        monkeypatch.setattr(model_module, name, compare(name, getattr(model_module, name)))
+    model = load(kind, "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {}))
+    model = without_nan(model).cuda()
+    for length in (1, 3, LENGTH):
+        model(random_tokens(2, length).cuda())
+    for name, most in allowed.items():
+        assert errors[name] and max(errors[name]) < most, (name, errors[name])
+
+
 # --- the gate ---------------------------------------------------------------------------------------------------------
 
 GATES = {
@@ -499,9 +676,12 @@ GATES = {
 }
 
 
+def gate_args(kind: str) -> ModelArgs:
+    return replace(ModelArgs.from_hf(COMMON | KINDS["v3"]), n_activated_experts=5, route_scale=1.7, **GATES[kind])
+
+
 def make_gate(kind: str, seed: int = 0) -> Gate:
-    args = ModelArgs.from_hf(COMMON | KINDS["v3"])
-    gate = Gate(replace(args, n_activated_experts=5, route_scale=1.7, **GATES[kind]))
+    gate = Gate(gate_args(kind))
     generator = torch.Generator().manual_seed(seed)
     gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator) * 0.1)
     if gate.bias is not None:
@@ -509,9 +689,9 @@ def make_gate(kind: str, seed: int = 0) -> Gate:
     return gate
 
 
-def routes(gate: Gate, x: torch.Tensor) -> list[dict[int, float]]:
+def routes(gate: Gate, args: ModelArgs, x: torch.Tensor) -> list[dict[int, float]]:
     """Expert -> weight for each token, one token, group and expert at a time in float64."""
-    args, all_routes = gate.args, []
+    all_routes = []
     size = args.n_routed_experts // args.n_expert_groups
     for row in x.double() @ gate.weight.double().T:
         sigmoid = args.score_func == "sigmoid"
@@ -532,40 +712,41 @@ def routes(gate: Gate, x: torch.Tensor) -> list[dict[int, float]]:
 @pytest.mark.parametrize("kind", GATES)
 def test_gate_against_plain_float64(kind, lift):
     """Also with a bias that makes every choice score negative: groups left out must not come back as zeros."""
-    gate = make_gate(kind)
+    gate, args = make_gate(kind), gate_args(kind)
     if gate.bias is not None:
         gate.bias += lift
-    x = torch.randn(200, gate.args.dim, generator=torch.Generator().manual_seed(1))
-    weights, indices = gate(x)
+    x = torch.randn(200, args.dim, generator=torch.Generator().manual_seed(1))
+    weights, indices, _ = gate(x)
     assert weights.dtype == torch.float32
-    for row_weights, row_indices, wanted in zip(weights.tolist(), indices.tolist(), routes(gate, x), strict=True):
+    for row_weights, row_indices, wanted in zip(weights.tolist(), indices.tolist(), routes(gate, args, x), strict=True):
         assert dict(zip(row_indices, row_weights, strict=True)) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["v3", "kimi"])
 def test_bias_decides_where_and_never_how_much(kind):
-    gate = make_gate(kind)
-    x = torch.randn(300, gate.args.dim, generator=torch.Generator().manual_seed(1))
+    gate, args = make_gate(kind), gate_args(kind)
+    x = torch.randn(300, args.dim, generator=torch.Generator().manual_seed(1))
     gate.bias.zero_()
-    weights, indices = gate(x)
+    weights, indices, _ = gate(x)
     gate.bias.copy_(torch.randn(24, generator=torch.Generator().manual_seed(2)) * 0.02)
-    moved_weights, moved_indices = gate(x)
+    moved_weights, moved_indices, _ = gate(x)
     same = (indices.sort(-1).values == moved_indices.sort(-1).values).all(-1)
     assert 50 < same.sum() < 300
     order, moved_order = indices.argsort(-1), moved_indices.argsort(-1)
     assert torch.allclose(weights.gather(1, order)[same], moved_weights.gather(1, moved_order)[same], rtol=1e-6)
     gate.bias[7] = 100.0
     assert (gate(x)[1] == 7).any(-1).all()
-    assert torch.allclose(gate(x)[0].sum(-1), torch.tensor(gate.args.route_scale))
+    assert torch.allclose(gate(x)[0].sum(-1), torch.tensor(args.route_scale))
 
 
 def test_router_stays_in_fp32(load):
     """Of a bf16 model, and under autocast: bit for bit what an fp32 gate makes of the same bf16 input."""
-    gate = load("v3", "bf16").layers[1].ffn.gate
-    x = torch.randn(100, gate.args.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
-    fp32 = Gate(replace(gate.args, dtype="fp32"))
+    model = load("v3", "bf16")
+    gate, args = model.layers[1].ffn.gate, model.args
+    x = torch.randn(100, args.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fp32 = Gate(replace(args, dtype="fp32"), n_shared=args.n_shared_experts)
     fp32.load_state_dict({name: tensor.float() for name, tensor in gate.state_dict().items()})
-    weights, indices = fp32(x.float())
+    weights, indices, _ = fp32(x.float())
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = gate(x)
     for found in (gate(x), under_autocast):

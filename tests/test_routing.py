@@ -218,10 +218,10 @@ def interpreted() -> None:
     for case, M in itertools.product(CASES, (1, 2, 7)):
         check_route("cpu", M, case)
     check_route("cpu", 30, "tiny")
-    for M, K, E in ((1, 9, 257), (5, 3, 12), (14, 9, 257)):
+    for M, K, E in ((1, 9, 257), (5, 3, 12), (14, 9, 257), (64, 9, 66)):
         assert M * K <= FEW_PAIRS
         check_sort("cpu", M, K, E, (16,))
-    for M, K, E in ((60, 3, 12), (130, 9, 33)):
+    for M, K, E in ((350, 3, 12), (130, 9, 33)):
         assert M * K > FEW_PAIRS
         check_sort("cpu", M, K, E, (64,))
     assert 2 * CHUNK < 130 * 9

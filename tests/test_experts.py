@@ -1,0 +1,348 @@
+"""
+Gated products and experts: the references against loops over pairs in float64, the kernel against the same equation.
+
+`python test_experts.py` with TRITON_INTERPRET=1 runs the kernel on the CPU, as in test_kernel.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+
+from experts import experts, gated_linear, gated_linear_ref, pair_block
+from kernel import E4M3, Quantised, Tiles, act_quant, act_quant_ref, cdiv, counters, launch_gemm, weight_quant
+from routing import Routing, sort_pairs_ref, tile_count
+from test_fused import interpret_bf16_dots, poisoned
+from test_kernel import SCALE_FMTS, before_nans, relative, strided_before_nans
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    """Normal, with rows and columns of sizes between 1/4 and 4: a neighbour's scale would show."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, device=device)
+    for dim in (-1, -2)[: x.dim()]:
+        sizes = torch.exp2(torch.randint(-2, 3, (x.shape[dim],), generator=generator, device=device).float())
+        x *= sizes if dim == -1 else sizes[:, None]
+    return x.to(dtype)
+
+
+def quantised_stack(w: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., N, K] -> e4m3 [..., N, K] and the scales of each matrix's blocks."""
+    parts = [weight_quant(matrix, scale_fmt) for matrix in w.flatten(0, -3)]
+    values, scales = (torch.stack([part[i].view(torch.uint8) if i == 0 else part[i] for part in parts]) for i in (0, 1))
+    return values.view(E4M3).view(w.shape), scales.view(*w.shape[:-2], *scales.shape[-2:])
+
+
+def double(values: torch.Tensor, scale: torch.Tensor | None, rows: int = 128) -> torch.Tensor:
+    """A matrix in float64, dequantised if it has scales, each for `rows` x 128."""
+    if scale is None:
+        return values.double()
+    spread = scale.double().repeat_interleave(rows, 0)[: values.shape[0]].repeat_interleave(128, 1)
+    return values.double() * spread[:, : values.shape[1]]
+
+
+def silu_mul_exact(gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """silu(gate) * up in float64, rounded to `dtype` where separate operations round."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x if dtype == torch.float64 else x.to(dtype).double()
+
+    return rounded(rounded(F.silu(rounded(gate))) * rounded(up))
+
+
+def experts_exact(x, w13, w2, scale_fmt, weights, indices, first, dtype) -> torch.Tensor:
+    """
+    The equation, expert by expert in float64, for x and weights as the products see them. With scales the inner
+    activation is rounded to `dtype` and then to e4m3, as it is on the way to w2.
+    """
+    fp8 = w13[1] is not None
+    x = double(x.values, x.scale, rows=1) if fp8 else x.double()
+    y = x.new_zeros(*indices.shape, x.shape[1])
+    for e in range(len(w13[0])):
+        token, choice = (indices == first + e).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        halves = zip(w13[0][e], w13[1][e] if fp8 else (None, None), strict=True)
+        gate, up = (x[token] @ double(w, s).T for w, s in halves)
+        h = silu_mul_exact(gate, up, dtype)
+        if fp8:
+            h = double(*act_quant_ref(h.to(dtype), scale_fmt), rows=1)
+        down = h @ double(w2[0][e], w2[1][e] if fp8 else None).T
+        y[token, choice] = down * weights[token, choice, None].double()
+    return y
+
+
+def choices(M: int, K: int, E: int, how: str, n_shared: int = 0) -> torch.Tensor:
+    """[M, K + n_shared] different experts of each token, and the shared ones E, E + 1, ..."""
+    generator = torch.Generator().manual_seed(M)
+    preference = torch.rand(M, E, generator=generator)
+    if how == "skewed":  # one expert has all tokens, another none
+        preference[:, E // 2], preference[:, 0] = 2.0, -1.0
+    shared = torch.arange(E, E + n_shared).expand(M, -1)
+    return torch.cat([preference.argsort(1, descending=True)[:, :K], shared], 1).int()
+
+
+def assert_e4m3_of(found: Quantised, exact: torch.Tensor, scale_fmt: str | None, case=None) -> None:
+    """
+    The scales and codes of `exact` up to what rounding to bf16 three times before may change: scales by 2^-7, codes to
+    a neighbour. Triton's interpreter cuts off for bf16, and loses a carry on the way to e4m3 (see test_kernel.py).
+    """
+    plain = F.pad(exact, (0, -exact.shape[1] % 128)).unflatten(1, (-1, 128)).abs().amax(2).clamp(min=1e-4) / 448
+    scale, slack = found.scale.double(), 1 + (2.0**-5 if triton.knobs.runtime.interpret else 2.0**-7)
+    assert scale.shape == plain.shape, case
+    if scale_fmt:
+        assert (torch.frexp(found.scale)[0] == 0.5).all(), case
+        assert ((scale * slack >= plain) & (scale < 2 * plain * slack)).all(), case
+    else:
+        assert ((scale <= plain * slack) & (plain <= scale * slack)).all(), case
+    wanted = (exact / scale.repeat_interleave(128, 1)[:, : exact.shape[1]]).clamp(-448, 448).to(E4M3)
+    wanted, codes = wanted.view(torch.uint8).int(), found.values.view(torch.uint8).int()
+    normal = wanted & 0x78 != 0
+    if triton.knobs.runtime.interpret:
+        normal &= (wanted + 1) & 7 > 2  # neither side of a carry
+    off = (codes - wanted).abs()[normal]
+    assert off.max() <= 1 and off.float().mean() < (0.3 if triton.knobs.runtime.interpret else 0.1), case
+
+
+# --- each operation, on any device ------------------------------------------------------------------------------------
+
+
+def check_gated(device: str, M: int, inter: int, D: int, dtype: torch.dtype, fp8: bool) -> None:
+    """gated_linear as it comes out of the dispatch: in `dtype`, or on a GPU with scales Quantised."""
+    x, w = random(M, D, dtype=dtype, device=device), random(2, inter, D, seed=1, device=device) / D**0.5
+    for scale_fmt in SCALE_FMTS if fp8 else (None,):
+        case = (M, inter, D, dtype, scale_fmt)
+        weight, scale = quantised_stack(w, scale_fmt) if fp8 else (w.to(dtype), None)
+        given = Quantised(x, *act_quant(x, scale_fmt)) if fp8 else x
+        with poisoned():
+            found = gated_linear(given, weight, scale, scale_fmt)
+        x64 = double(given.values, given.scale, rows=1) if fp8 else x.double()
+        gate, up = (x64 @ double(half, None if scale is None else scale[i]).T for i, half in enumerate(weight))
+        exact = silu_mul_exact(gate, up, dtype)
+        if isinstance(found, Quantised):
+            assert found.x is None and found.values.shape == (M, inter) and found.scale.stride() == (1, M), case
+            assert_e4m3_of(found, exact, scale_fmt, case)
+            with poisoned():  # an activation that was not quantised before
+                again = gated_linear(x, weight, scale, scale_fmt)
+            assert torch.equal(again.values.view(torch.uint8), found.values.view(torch.uint8)), case
+        else:
+            assert found.dtype == dtype and found.shape == (M, inter), case
+            assert relative(found, exact) < (2.0**-7 if dtype == torch.bfloat16 else 2e-6), case
+        assert not counters(x.device).any()
+
+
+def check_experts(
+    device: str, M: int, E: int, D: int, inter: int, K: int, n_shared: int, blocks, dtype, fp8: bool, most: float,
+    hows=("random", "skewed"), scale_fmts=SCALE_FMTS,
+) -> None:  # fmt: skip
+    """All experts at once, then halves of them: the halves add up, and are zero where the other serves."""
+    x = random(M, D, dtype=dtype, device=device)
+    w13 = random((E + n_shared) * 2, inter, D, seed=1, device=device).unflatten(0, (-1, 2)) / D**0.5
+    w2 = random(E + n_shared, D, inter, seed=2, device=device) / inter**0.5
+    for scale_fmt, how in itertools.product(scale_fmts if fp8 else (None,), hows):
+        both = quantised_stack(w13, scale_fmt) if fp8 else (w13.to(dtype), None)
+        down = quantised_stack(w2, scale_fmt) if fp8 else (w2.to(dtype), None)
+        given = Quantised(x, *act_quant(x, scale_fmt)) if fp8 else x
+        indices = choices(M, K, E, how, n_shared)
+        weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
+        exact = experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype)
+        for block in blocks or (pair_block(indices.numel(), E + n_shared, fp8, x.device),):
+            parts = [(0, E + n_shared), (0, E // 2), (E // 2, E + n_shared - E // 2)]
+            results = []
+            for first, n_local in parts:
+                case = (M, E, D, inter, dtype, scale_fmt, how, block, first)
+                routing = Routing(*(t.to(device) for t in sort_pairs_ref(indices, first, n_local, block)))
+                some = slice(first, first + n_local)
+                a, b = ((w[some], None if s is None else s[some]) for w, s in (both, down))
+                with poisoned():
+                    found = experts(given, a, b, scale_fmt, weights, routing, block, everywhere=n_local == len(w2))
+                assert found.shape == exact.shape and found.dtype == dtype, case
+                here = ((indices >= first) & (indices < first + n_local)).to(device)
+                assert not found[~here].any(), case
+                assert relative(found[here], exact[here]) < most, (case, relative(found[here], exact[here]))
+                pairs = (found[here].double() - exact[here]).norm(dim=1) / exact[here].norm(dim=1)
+                assert pairs.max() < 8 * most, (case, pairs.max())
+                results.append(found)
+            whole, *halves = (result.double() for result in results)
+            assert relative(halves[0] + halves[1], whole) < most, (M, E, how, block)
+            assert not counters(x.device).any()
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M", [1, 5])
+def test_gated_linear(M):
+    check_gated("cpu", M, 200, 300, torch.float32, False)
+    check_gated("cpu", M, 200, 300, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("M", [1, 20])
+def test_experts(M):
+    check_experts("cpu", M, 6, 136, 72, 3, 1, (16, 1), torch.float32, False, 2e-6)
+    check_experts("cpu", M, 6, 256, 200, 3, 1, (16,), torch.bfloat16, True, 0.01)
+
+
+def test_pairs_of_a_tile():
+    """On a GPU a power of two, near an expert's mean, that the tensor cores take; tiles are few."""
+    assert pair_block(72, 9, True, torch.device("cpu")) == 72  # the reference takes an expert's pairs together
+    blocks = [pair_block(8 * M, 256, True, torch.device("cuda")) for M in range(1, 9000)]
+    assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64}
+    assert set(pair_block(6 * M, 64, False, torch.device("cuda")) for M in range(1, 9000)) == {16, 32, 64, 128}
+    assert all(tile_count(8 * M, 256, b) <= 256 + 8 * M / b for M, b in zip(range(1, 9000), blocks, strict=True))
+
+
+# --- the kernel through Triton's interpreter --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+def test_kernels_in_the_interpreter():
+    root = Path(__file__).parent.parent
+    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+
+
+def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, tiles: Tiles) -> None:
+    """The two products of fp8 experts, each with the same tiles: given what the kernel takes, what it gives."""
+    x = random(M, D, dtype=torch.bfloat16)
+    w13, s13 = quantised_stack(random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5, None)
+    w2, s2 = quantised_stack(random(E, D, inter, seed=2) / inter**0.5, None)
+    values, scale = act_quant_ref(x)
+    indices, case = choices(M, K, E, how), (M, E, D, inter, K, how, tiles)
+    P, block = M * K, tiles.block_m
+    routing = sort_pairs_ref(indices, 0, E, block)
+    order, expert = routing.order.long(), indices.flatten()[routing.order.long()].tolist()
+    rows = order // K
+    x64 = double(values, scale, rows=1)
+    gate, up = (
+        torch.stack([x64[m] @ double(w13[e, i], s13[e, i]).T for m, e in zip(rows.tolist(), expert, strict=True)])
+        for i in (0, 1)
+    )
+    column_major = scale.t().contiguous().t()
+    options = {"routing": routing, "top_k": K, "block": block, "tiles": tiles}
+    weights = [before_nans(t) for t in (w13, s13)]
+
+    # In fp32 nothing is rounded on the way: gathered by the kernel, and rows that were gathered before.
+    exact, y = silu_mul_exact(gate, up, torch.float64), before_nans(torch.full((P, inter), torch.nan))
+    launch_gemm(before_nans(values), strided_before_nans(column_major), *weights, y, gated=True, **options)
+    assert relative(y, exact) < 2e-6 and (y._base[y.nbytes :] == 0xFF).all(), case
+    y.fill_(torch.nan)
+    neighbours = before_nans(values.view(torch.uint8)[rows].view(E4M3)), before_nans(scale[rows])
+    launch_gemm(*neighbours, *weights, y, gated=True, gathered=True, **options)
+    assert relative(y, exact) < 2e-6, case
+    both = torch.full((P, 2 * inter), torch.nan)
+    if inter % 128 == 0:
+        launch_gemm(*neighbours, w13.flatten(1, 2), s13.flatten(1, 2), both, gathered=True, **options)
+        assert relative(both, torch.cat([gate, up], 1)) < 2e-6, case
+
+    # A tile is a group of 128, which it quantises.
+    if tiles.block_n == 128:
+        for scale_fmt in SCALE_FMTS:
+            h = torch.full((P, inter), 0x7F, dtype=torch.uint8).view(E4M3)
+            h_scale = torch.full((cdiv(inter, 128), P), torch.nan).t()
+            inputs = before_nans(values), strided_before_nans(column_major)
+            launch_gemm(*inputs, *weights, h, h_scale, scale_fmt, gated=True, **options)
+            assert_e4m3_of(Quantised(None, h, h_scale), silu_mul_exact(gate, up, torch.float64), scale_fmt, case)
+
+    # Scattered to the pairs' own order, times their weights.
+    h, h_scale = act_quant_ref(exact.float())
+    pair_weights = torch.rand(M, K, generator=torch.Generator().manual_seed(3)) + 0.1
+    h64 = double(h, h_scale, rows=1)
+    terms = torch.empty(P, D, dtype=torch.float64)
+    terms[order] = torch.stack([h64[i] @ double(w2[e], s2[e]).T for i, e in enumerate(expert)])
+    terms *= pair_weights.flatten()[:, None].double()
+    out = before_nans(torch.full((P, D), torch.nan))
+    down = before_nans(h), before_nans(h_scale), before_nans(w2), before_nans(s2)
+    launch_gemm(*down, out, pair_weights=pair_weights, **options)
+    assert relative(out, terms) < 2e-6 and (out._base[out.nbytes :] == 0xFF).all(), case
+    assert not counters(x.device).any(), case
+
+
+def interpreted() -> None:
+    torch.set_num_threads(1)
+    interpret_bf16_dots()
+    few, many = Tiles(16, 128, 1, 4, 3, True), Tiles(64, 128, 1, 4, 3, False)
+    for M, E, D, inter, K, how, tiles in (
+        (1, 7, 384, 129, 3, "random", few),
+        (3, 5, 1000, 200, 2, "random", few._replace(split=3)),  # 8 slices, the last of 104: 3, 3 and 2
+        (5, 3, 640, 128, 2, "skewed", few._replace(split=4)),  # 5 slices: 2, 2, 1 and none
+        (20, 4, 300, 128, 2, "skewed", few._replace(block_n=64)),
+        (70, 3, 256, 256, 2, "skewed", many),
+        (40, 3, 456, 72, 1, "random", many._replace(block_m=32)),
+    ):
+        interpreted_launches(M, E, D, inter, K, how, tiles)
+    for M in (1, 7):
+        check_gated("cpu", M, 200, 300, torch.float32, False)
+        check_gated("cpu", M, 200, 456, torch.bfloat16, True)
+    check_gated("cpu", 66, 128, 256, torch.bfloat16, True)
+    check_experts("cpu", 5, 6, 136, 72, 3, 1, (16,), torch.float32, False, 2e-6)
+    check_experts("cpu", 70, 4, 72, 128, 2, 1, (64,), torch.float32, False, 2e-6)
+    print("interpreted")
+
+
+# --- the kernel on a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inter", "D"), [(18432, 7168), (2304, 7168), (12288, 5120), (1368, 2048), (200, 456)])
+def test_gpu_gated_linear(inter, D):
+    """The dense MLPs of the models, whole and an eighth; 1368 = 10944 / 8 is in no whole blocks."""
+    for M in (1, 8, 64, 65, 1000) if D < 7168 else (2, 33, 130):
+        check_gated("cuda", M, inter, D, torch.bfloat16, True)
+    for M in (7, 64, 130):
+        check_gated("cuda", M, inter, D, torch.bfloat16, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inter", [2048, 256])
+@pytest.mark.parametrize("M", [1, 2, 8, 33, 64, 130, 1000, 4096])
+def test_gpu_experts_of_v3s_width(M, inter):
+    """32 experts and a shared one, whole and an eighth of each."""
+    if inter == 2048:
+        E, how = 32, {"hows": ("skewed" if M in (2, 33, 1000) else "random",)}
+    else:
+        E, how = 32, {}
+    how["scale_fmts"] = ("ue8m0",) if M in (2, 64, 1000) else (None,)
+    check_experts("cuda", M, E, 7168, inter, 8, 1, None, torch.bfloat16, True, 0.01, **how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "inter"), [("bf16", 1408), ("bf16", 176), ("fp8", 1408), ("fp32", 176)])
+@pytest.mark.parametrize("M", [1, 7, 16, 65, 1000, 4096])
+def test_gpu_experts_of_v2_lite(M, dtype, inter):
+    """64 experts and two shared ones, in bf16, as released; an eighth of an expert is in no whole blocks."""
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    most = {"bf16": 0.005, "fp8": 0.01, "fp32": 1e-5}[dtype]
+    if dtype == "fp32" and M > 100:
+        return
+    check_experts("cuda", M, 64, 2048, inter, 6, 2, None, kind, dtype == "fp8", most, scale_fmts=(None,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_gpu_experts_in_tiles_of_any_size(block):
+    """Also with sizes that fill no block, and the same again: nothing depends on which program comes last."""
+    for fp8, inter in ((True, 256), (True, 200), (False, 256)):
+        check_experts("cuda", 50, 9, 456, inter, 3, 0, (block,), torch.bfloat16, fp8, 0.01)
+    x, w = random(3, 7168, dtype=torch.bfloat16, device="cuda"), random(2, 256, 7168, device="cuda")
+    weight, scale = quantised_stack(w, None)
+    first = gated_linear(x, weight, scale, None)
+    for _ in range(50):
+        again = gated_linear(x, weight, scale, None)
+        assert torch.equal(again.values.view(torch.uint8), first.values.view(torch.uint8))
+        assert torch.equal(again.scale, first.scale)
+    assert gated_linear_ref(x, weight, scale, None).shape == first.values.shape
+
+
+if __name__ == "__main__":
+    interpreted()
