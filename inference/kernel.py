@@ -434,7 +434,7 @@ class Tiles(NamedTuple):
     swap: bool  # weights as the left operand
     tma_x: bool = False  # through descriptors, by Hopper's copy engine
     tma_w: bool = False
-    ahead: int = 4  # slices of weights prefetched before the kernels before it have finished
+    ahead: int = 1  # slices of weights prefetched before the kernels before it have finished
 
 
 @functools.lru_cache
@@ -446,21 +446,28 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     """
     tokens: how many meet a weight, at most. m_tiles: tiles along them. slices: steps along K.
 
-    Measured on an H200: few tokens want about two programs for each of its 132 multiprocessors, of 8 slices each.
+    Measured on an H200. Few tokens: about two programs for each of its 132 multiprocessors, of 8 slices at least, or
+    narrower ones where that many cannot be had.
     """
     if tokens > (63 if grouped else 64):
-        block_m = min(tokens, 128) if grouped else 64
-        return Tiles(block_m, 128, 1, 8 if gated or block_m == 128 else 4, 3, False)
+        if wide and tokens == 128:
+            return Tiles(128, 256, 1, 8, 3, False)
+        return Tiles(min(tokens, 128) if grouped else 64, 128, 1, 8 if gated else 4, 3, False)
     block_m = max(16, triton.next_power_of_2(tokens))
+    wide_tiles = m_tiles * cdiv(N, 128)
+    if gated and wide:
+        return Tiles(block_m, 64, min(3, max(1, 560 // (2 * wide_tiles))), 4, 3, True)
     if gated:
-        split = min(4, max(1, 560 // (m_tiles * cdiv(N, 128))))
-        return Tiles(block_m, 128, split, 8, 3, True)
+        return Tiles(block_m, 128, min(3, max(1, 560 // wide_tiles)), 8, 3, True)
+    if grouped and wide:
+        return Tiles(block_m, 64, 1, 4, 8 if wide_tiles < 600 else 4, True)
     if grouped:
-        return Tiles(block_m, 128, 1, 4, 3 if m_tiles * cdiv(N, 128) > 600 else 6, True)
-    narrow = slices <= 16 and cdiv(N, 128) < 100
-    block_n = 64 if narrow else 128
-    split = min(max(1, 240 // (m_tiles * cdiv(N, block_n))), max(1, slices // (3 if narrow else 8)))
-    return Tiles(block_m, block_n, cdiv(slices, cdiv(slices, split)), 4, 4, True)
+        return Tiles(block_m, 128, 1, 4, 6 if wide_tiles < 600 else 3, True)
+    if wide_tiles < 20 or (wide_tiles < 100 and slices <= 16):
+        split = min(max(1, 300 // (m_tiles * cdiv(N, 64))), max(1, slices // 3))
+        return Tiles(block_m, 64, cdiv(slices, cdiv(slices, split)), 4, 5, True)
+    split = min(max(1, 240 // wide_tiles), max(1, slices // 8))
+    return Tiles(block_m, 128, cdiv(slices, cdiv(slices, split)), 8 if 2 < tokens <= 16 else 4, 4, True)
 
 
 def launch_gemm(
