@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from errors import InputError
 
+MAX_JSON_BYTES = 100_000_000  # the index of DeepSeek-V3 has 9 MB
 BLOCK_SIZE = 128  # weights have one scale per BLOCK_SIZE x BLOCK_SIZE block, activations one per token and BLOCK_SIZE
 
 ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
@@ -86,8 +87,10 @@ class ModelArgs:
     Shape and numerics of one model; field names are those of the released `configs/*.json`.
 
     `dtype` is the format of the linear weights: "fp8" means e4m3 with a scale per 128 x 128 block, and bf16 elsewhere.
-    `scale_fmt` "ue8m0" rounds every scale up to a power of two (V3.1). `mscale` is HF's `mscale_all_dim`: it scales
-    the softmax, and cos and sin stay unscaled. `rope_factor` 1 means plain rotary embeddings, no YaRN.
+    `scale_fmt` "ue8m0" rounds every scale up to a power of two (V3.1). `activation_scheme` "dynamic" quantises what an
+    FP8 weight is multiplied with; "none" leaves it as it is, for GPUs without FP8 units. `mscale` is HF's
+    `mscale_all_dim`: it scales the softmax, and cos and sin stay unscaled. `rope_factor` 1 means plain rotary
+    embeddings, no YaRN.
     """
 
     vocab_size: int
@@ -112,6 +115,7 @@ class ModelArgs:
     n_mtp_layers: int = 0
     dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
     scale_fmt: Literal["ue8m0"] | None = None
+    activation_scheme: Literal["dynamic", "none"] = "dynamic"
     norm_eps: float = 1e-6
     max_batch_size: int = 8
     max_seq_len: int = 16384
@@ -146,6 +150,7 @@ class ModelArgs:
             ("score_func", ("softmax", "sigmoid")),
             ("dtype", ("bf16", "fp8", "fp32")),
             ("scale_fmt", (None, "ue8m0")),
+            ("activation_scheme", ("dynamic", "none")),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"config: {name} is {getattr(self, name)!r}, wanted one of {allowed}")
@@ -243,10 +248,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when there is none or it is something else."""
     path = Path(path)
     try:
-        if (mode := path.stat().st_mode) and not stat.S_ISREG(mode):  # a pipe or a device might never end
+        if path.exists() and not path.is_file():  # a pipe or a device might never end
             raise InputError(f"{path}: not a file")
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise InputError(f"{path}: {size:,} bytes are more than any configuration or index has")
+            raise InputError(f"{path}: {size:,} bytes; no configuration or index is that long")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

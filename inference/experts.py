@@ -11,7 +11,7 @@ import torch
 
 from config import BLOCK_SIZE
 from fused import silu_mul, silu_mul_ref
-from kernel import E4M3, Quantised, cdiv, fp8_gemm, launch_gemm, linear, on_gpu, quantised
+from kernel import E4M3, W8A16, Quantised, cdiv, fp8_gemm, launch_gemm, linear, on_gpu, quantised
 from routing import Routing
 
 FEW = 64  # tokens up to which a product is bound by reading the weights
@@ -32,15 +32,15 @@ def gated_linear_ref(
 def gated_linear(
     x: torch.Tensor | Quantised, weight: torch.Tensor, scale: torch.Tensor | None, scale_fmt: str | None
 ) -> torch.Tensor | Quantised:
-    """See gated_linear_ref. With scales, the result comes Quantised from a GPU."""
+    """See gated_linear_ref. With scales, the result comes Quantised from a GPU, unless scale_fmt is W8A16."""
     if not on_gpu(x):
         return gated_linear_ref(x, weight, scale, scale_fmt)
     inter = weight.shape[1]
-    if scale is None:
-        if x.shape[0] > FEW:
+    if scale is None or scale_fmt == W8A16:
+        if scale is None and x.shape[0] > FEW:
             return silu_mul(linear(x, weight.flatten(0, 1)).unflatten(1, (2, inter)))
         y = x.new_empty(x.shape[0], inter)
-        launch_gemm(x, None, weight, None, y, gated=True)
+        launch_gemm(x, None, weight, scale, y, gated=True)
         return y
     x, values, x_scale = quantised(x, scale_fmt)
     M = values.shape[0]
@@ -100,7 +100,7 @@ def experts(
     (w13, w13_scale), (w2, w2_scale) = w13, w2
     (M, K), (_, _, inter, D) = weights.shape, w13.shape
     P = M * K
-    fp8 = w13_scale is not None
+    fp8 = w13_scale is not None and scale_fmt != W8A16
     x, x_scale = quantised(x, scale_fmt)[1:] if fp8 else (x, None)
     dtype = torch.bfloat16 if fp8 else x.dtype
     grouped = {"routing": routing, "top_k": K, "block": block}

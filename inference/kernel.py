@@ -24,6 +24,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 MIN_AMAX = 1e-4  # keeps the scale of an all-zero group away from 0
 UE8M0 = "ue8m0"
+W8A16 = "w8a16"  # in place of a scale format: activations are not quantised
 
 
 def cdiv(a: int, b: int) -> int:
@@ -572,7 +573,16 @@ def quantised(x: torch.Tensor | Quantised, scale_fmt: str | None = None) -> Quan
 def linear(
     x: torch.Tensor | Quantised, weight: torch.Tensor, scale: torch.Tensor | None = None, scale_fmt: str | None = None
 ) -> torch.Tensor:
-    """x [M, K], weight [N, K] -> x @ weight.T [M, N]. With a scale the weight is e4m3, and so is x on the way."""
+    """
+    x [M, K], weight [N, K] -> x @ weight.T [M, N]. With a scale the weight is e4m3, and so is x on the way unless
+    scale_fmt is W8A16.
+    """
+    if scale is not None and scale_fmt == W8A16:
+        if not on_gpu(x):
+            return F.linear(x.float(), weight_dequant_ref(weight, scale, torch.float32)).to(x.dtype)
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        launch_gemm(x, None, weight, scale, y)
+        return y
     if scale is not None:
         x, values, x_scale = quantised(x, scale_fmt)
         return fp8_gemm(values, x_scale, weight, scale, torch.bfloat16 if x is None else x.dtype)

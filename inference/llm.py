@@ -49,17 +49,20 @@ def weights_in_memory(args: ModelArgs, gemm: str, device: torch.device) -> Model
     """
     The args of the model to build: FP8 weights stay FP8 or become bf16, by `gemm`.
 
-    "auto" keeps them where the GPU has e4m3 units (compute capability 8.9). "fp8" on a CPU computes FP8's arithmetic
-    with the references: slow, to compare with. Raises InputError when "fp8" is asked of a checkpoint or a GPU without.
+    "auto" keeps them on a GPU, and where it has e4m3 units (compute capability 8.9) quantises activations too; "w8a16"
+    does not. On a CPU both compute their arithmetic with the references: slow, to compare with. Raises InputError when
+    FP8 is asked of a checkpoint or a GPU without.
     """
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if gemm == "fp8":
+    if gemm in ("fp8", "w8a16"):
         if args.dtype != "fp8":
-            raise InputError(f"--gemm fp8: the checkpoint's weights are {args.dtype}")
-        if device.type == "cuda" and not capable:
-            raise InputError(f"--gemm fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use --gemm bf16")
-    if args.dtype == "fp8" and (gemm == "bf16" or (gemm == "auto" and not capable)):
+            raise InputError(f"--gemm {gemm}: the checkpoint's weights are {args.dtype}")
+        if gemm == "fp8" and device.type == "cuda" and not capable:
+            raise InputError(f"--gemm fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use --gemm w8a16")
+    if args.dtype == "fp8" and (gemm == "bf16" or (gemm == "auto" and device.type == "cpu")):
         return replace(args, dtype="bf16", scale_fmt=None)
+    if args.dtype == "fp8" and (gemm == "w8a16" or (gemm == "auto" and not capable)):
+        return replace(args, activation_scheme="none")
     return args
 
 

@@ -26,7 +26,7 @@ from attention import latent_attention, prefill_attention
 from config import BLOCK_SIZE, ModelArgs
 from experts import experts, gated_linear, pair_block
 from fused import absorb_query, add_rms_norm, expand_value, join_keys, latents, rotate_query
-from kernel import E4M3, Quantised, cdiv, linear, linear_fp32
+from kernel import E4M3, W8A16, Quantised, cdiv, linear, linear_fp32
 from parallel import Parallel
 from routing import Routing, gate_scores, route_and_sort
 
@@ -85,8 +85,9 @@ class Linear(nn.Module):
         stack: tuple[int, ...] = (),
     ):
         super().__init__()
-        self.scale_fmt = args.scale_fmt
         self.fp8 = quantized and args.dtype == "fp8"
+        self.quantises = self.fp8 and args.activation_scheme == "dynamic"  # its inputs
+        self.scale_fmt = args.scale_fmt if self.quantises else W8A16
         if self.fp8:
             blocks = cdiv(out_features, BLOCK_SIZE), cdiv(in_features, BLOCK_SIZE)
             self.weight = parameter(*stack, out_features, in_features, dtype=E4M3)
@@ -127,7 +128,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = args.norm_eps if eps is None else eps
         self.weight = parameter(dim, dtype=compute_dtype(args))
-        self.quantise, self.scale_fmt = before_fp8 and args.dtype == "fp8", args.scale_fmt
+        self.quantise = before_fp8 and args.dtype == "fp8" and args.activation_scheme == "dynamic"
+        self.scale_fmt = args.scale_fmt
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -236,10 +238,9 @@ class MLA(nn.Module):
         (B, S), C = step.positions.shape, self.kv_lora_rank
         y = self.wqkv_a(x)
         q_norm = self.q_norm.weight if self.q_lora_rank else None
-        options = {"kv_at": self.kv_at, "eps": LATENT_NORM_EPS, "quantise": self.wo.fp8, "scale_fmt": self.wo.scale_fmt}
-        q, kv = latents(
-            y, q_norm, self.kv_norm.weight, step.rotation, cache, step.rows, step.positions, keep=False, **options
-        )
+        quantised = {"quantise": self.wo.quantises, "scale_fmt": self.wo.scale_fmt, "keep": False}
+        options = {"kv_at": self.kv_at, "eps": LATENT_NORM_EPS} | quantised
+        q, kv = latents(y, q_norm, self.kv_norm.weight, step.rotation, cache, step.rows, step.positions, **options)
         q = self.wq_b(q) if self.q_lora_rank else y[:, : self.q_rows]
         q = q.unflatten(1, (self.n_local_heads, -1))
         w_uk, w_uv = self.wkv_b.weight.view(self.n_local_heads, -1, C).split(
@@ -249,7 +250,7 @@ class MLA(nn.Module):
         if cache is not None and (self.absorb(S, kv_len) if absorb is None else absorb):
             q = absorb_query(q, w_uk, step.rotation).unflatten(0, (B, S))
             o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, C)
-            o = expand_value(o.flatten(0, 1), w_uv, self.wo.fp8, self.wo.scale_fmt, keep=False)
+            o = expand_value(o.flatten(0, 1), w_uv, **quantised)
         else:
             q = rotate_query(q.contiguous(), step.rotation).unflatten(0, (B, S))
             kv = kv.unflatten(0, (B, S)) if cache is None else cache[step.rows, :kv_len]

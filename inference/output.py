@@ -346,7 +346,7 @@ class Run:
         what = f"{tensors} tensors in {len(self.files)} files, {nbytes / 1e9:.3f} GB {verb}"
         print(
             f"{self.target}: {what} in {seconds:.1f} s, "
-            f"{nbytes / 1e9 / seconds:.2f} GB/s, peak memory {peak / 1e9:.2f} GB"
+            f"{nbytes / 1e9 / seconds:.2f} GB/s, peak memory {peak / 1e6:.0f} MB"
         )
 
     # Comparing
