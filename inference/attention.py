@@ -24,7 +24,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernel import cdiv, on_gpu, pdl_options
 
@@ -223,7 +222,7 @@ def latent_tile(ptr, stride, t, columns, n_columns: tl.constexpr):
 
 @triton.jit
 def latent_attention_kernel(
-    q_ptr, cache_ptr, c_desc, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, H, length, scale,
+    q_ptr, cache_ptr, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, H, length, scale,
     q_b, q_s, q_h, cache_row, cache_t, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SWAP: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -257,20 +256,12 @@ def latent_attention_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((C_PAD, BLOCK_M) if SWAP else (BLOCK_M, C_PAD), tl.float32)
     cache_ptr += row.to(tl.int64) * cache_row
-    if c_desc is not None:
-        kv_r = latent_tile(cache_ptr + C, cache_t, seen - (first + 1) * BLOCK_T + tl.arange(0, BLOCK_T), r, R)
     for tile in range(first, end):
-        start = seen - (tile + 1) * BLOCK_T
-        t = start + tl.arange(0, BLOCK_T)
-        if c_desc is None:
-            kv_c = latent_tile(cache_ptr, cache_t, t, c, C)
-            kv_r = latent_tile(cache_ptr + C, cache_t, t, r, R)
-        else:
-            kv_c = c_desc.load([row.to(tl.int32), start, 0]).reshape(BLOCK_T, C_PAD)
+        t = seen - (tile + 1) * BLOCK_T + tl.arange(0, BLOCK_T)
+        kv_c = latent_tile(cache_ptr, cache_t, t, c, C)
+        kv_r = latent_tile(cache_ptr + C, cache_t, t, r, R)
         s = tl.dot(kv_c, q_c.T, input_precision="ieee") if SWAP else tl.dot(q_c, kv_c.T, input_precision="ieee")
         s = tl.dot(kv_r, q_r.T, s, input_precision="ieee") if SWAP else tl.dot(q_r, kv_r.T, s, input_precision="ieee")
-        if c_desc is not None:  # the next tile's, on their way while this one is finished
-            kv_r = latent_tile(cache_ptr + C, cache_t, t - BLOCK_T, r, R)
         t = tl.expand_dims(t, 1 - T_AXIS)
         s = tl.where((t >= 0) & (t <= tl.expand_dims(position, T_AXIS)), s * scale, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, T_AXIS))
@@ -319,16 +310,11 @@ def merge_kernel(
 
 
 class LatentConfig(NamedTuple):
-    """
-    block_m queries a program, tiles of block_t keys. tma: let the copy engine fetch them. per_sm: programs that fit one
-    multiprocessor, by their shared memory.
-    """
+    """block_m queries a program, tiles of block_t keys, which `swap` makes the rows of both products."""
 
     block_m: int
     block_t: int
     swap: bool
-    tma: bool
-    per_sm: int
     num_warps: int
     num_stages: int
 
@@ -336,14 +322,14 @@ class LatentConfig(NamedTuple):
 def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool) -> LatentConfig:
     """How to run latent_attention_kernel for B rows of `queries` = S * H."""
     if dtype == torch.float32:
-        return LatentConfig(16, 16, swap=False, tma=False, per_sm=1, num_warps=8, num_stages=1)
+        return LatentConfig(16, 16, swap=False, num_warps=8, num_stages=1)
     if not hopper:  # as little as 99 KiB of shared memory
-        return LatentConfig(16, 32, swap=False, tma=False, per_sm=1, num_warps=4, num_stages=2)
+        return LatentConfig(16, 32, swap=False, num_warps=4, num_stages=2)
     if queries <= 16:
-        return LatentConfig(16, 64, swap=False, tma=False, per_sm=1, num_warps=8, num_stages=3)
+        return LatentConfig(16, 64, swap=False, num_warps=8, num_stages=3)
     if B * cdiv(queries, 32) <= 66:
-        return LatentConfig(32, 64, swap=True, tma=False, per_sm=1, num_warps=4, num_stages=2)
-    return LatentConfig(64, 64, swap=False, tma=False, per_sm=1, num_warps=8, num_stages=2)
+        return LatentConfig(32, 64, swap=True, num_warps=4, num_stages=2)
+    return LatentConfig(64, 64, swap=False, num_warps=8, num_stages=2)
 
 
 @functools.lru_cache(4096)
@@ -362,12 +348,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def tma_can_read(cache: torch.Tensor, C: int) -> bool:
-    """Whether a tensor descriptor can address tiles of the cache's latents."""
-    aligned = cache.data_ptr() % 16 == 0 and all(n * cache.element_size() % 16 == 0 for n in cache.stride()[:2])
-    return aligned and padded(C) == C
-
-
 def launch_latent(
     q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, scale: float, C: int,
     config: LatentConfig, splits: int,
@@ -375,14 +355,11 @@ def launch_latent(
     (B, S, H, _), R = q.shape, cache.shape[-1] - C
     pdl = pdl_options(q.device)
     blocks = {"C_PAD": padded(C), "R_PAD": padded(R), "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
-    c_desc = None
-    if config.tma and tma_can_read(cache, C):
-        c_desc = TensorDescriptor(cache, list(cache.shape), list(cache.stride()), [1, config.block_t, C])
     out = q.new_empty(B, S, H, C)
     parts = out if splits == 1 else q.new_empty(B, splits, S * H, C, dtype=torch.float32)
     lse = None if splits == 1 else q.new_empty(B, splits, S * H, dtype=torch.float32)
     latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
-        q, cache, c_desc, rows, positions.contiguous(), parts, lse, S, H, cache.shape[1], scale * LOG2_E,
+        q, cache, rows, positions.contiguous(), parts, lse, S, H, cache.shape[1], scale * LOG2_E,
         *q.stride()[:3], *cache.stride()[:2], C, R, **blocks, SWAP=config.swap, MERGE=splits > 1,
         num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
     )  # fmt: skip
@@ -405,5 +382,5 @@ def latent_attention(
     B, S, H, _ = q.shape
     config = latent_config(B, S * H, q.dtype, on_hopper(q))
     tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
-    splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, config.per_sm * multiprocessors(q.device))
+    splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, multiprocessors(q.device))
     return launch_latent(q, cache, rows, positions, scale, C, config, splits)

@@ -6,7 +6,7 @@ Cast a BF16 Hugging Face checkpoint to FP8, such as one that was fine-tuned in B
 
 The weights that released FP8 checkpoints hold in FP8 become e4m3 with a scale per 128 x 128 block, which lies beside
 its weight as `weight_scale_inv`; all other tensors keep type and value. `--scale-fmt ue8m0` makes the scales powers of
-two, as V3.1 has them. It goes on where it stopped when run again after an interruption (see output.py).
+two, as V3.1 has them. Run again after an interruption, it goes on where it stopped (see conversion.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from cast import SCALE, cast_folder, dequantise, open_source
 from checkpoint import tensor_specs
 from config import BLOCK_SIZE
+from conversion import Piece
 from errors import InputError, run_command
 from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
-from output import Piece
 from parallel import choose_device
 
 

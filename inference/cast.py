@@ -10,9 +10,10 @@ import torch
 
 from checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from config import BLOCK_SIZE, ModelArgs, read_json
+from conversion import Conversion, Piece, convert_folder, cut
 from errors import InputError
 from kernel import cdiv, weight_dequant
-from output import Conversion, Piece, Target, convert_folder, cut, to_json
+from output import Target, to_json
 from safetensors_io import Layout, Tensors
 
 SCALE = "_scale_inv"  # what the name of a weight's scale ends in

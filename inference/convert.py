@@ -8,7 +8,7 @@ are unchanged, so the way back gives the same tensors, bit for bit:
 
     python inference/convert.py --to-hf --shards-path DIR --save-path DIR [--verify]
 
-Either goes on where it stopped when it is run again after an interruption (see output.py).
+Run again after an interruption, either goes on where it stopped (see conversion.py).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from checkpoint import (
     skippable,
     tensor_specs,
 )
+from conversion import Conversion, Piece, convert_folder, cut, same_bits
 from errors import InputError, positive, run_command
-from output import Conversion, Piece, Target, convert_folder, cut, read_file, same_bits
+from output import Target, read_file
 from safetensors_io import Layout, StoredTensor, Tensors
 
 MAX_FILE_BYTES = 5 * 10**9  # of the Hugging Face files that --to-hf writes, where no tensor is larger

@@ -5,7 +5,7 @@ Cast an FP8 Hugging Face checkpoint to BF16, for GPUs without FP8 units and for 
         [--verify]
 
 Every FP8 weight becomes weight * scale in BF16 and its scale is dropped; all other tensors keep type and value. Files
-keep their names and their tensors. It goes on where it stopped when run again after an interruption (see output.py).
+keep their names and their tensors. Run again after an interruption, it goes on where it stopped (see conversion.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from cast import SCALE, cast_folder, dequantise, open_source
 from config import BLOCK_SIZE
+from conversion import Piece
 from errors import InputError, run_command
 from kernel import E4M3, cdiv
-from output import Piece
 from parallel import choose_device
 
 

@@ -27,7 +27,6 @@ from attention import (
     launch_prefill,
     prefill_attention,
     prefill_attention_ref,
-    tma_can_read,
 )
 from kernel import cdiv
 
@@ -171,15 +170,14 @@ def interpreted() -> None:
             q, cache, rows, positions = latent_case(starts, S, H, C, R, dtype, length)
             exact = latent_exact(q, cache, rows, positions, 0.5, C)
             for swap in (False, True):
-                for tma in {False, tma_can_read(cache, C)}:
-                    config = LatentConfig(16, 16, swap, tma, per_sm=1, num_warps=4, num_stages=1)
-                    found = launch_latent(q, cache, rows, positions, 0.5, C, config, splits)
-                    assert found.dtype == dtype and found.shape == (*q.shape[:3], C)
-                    assert relative(found, exact) < most[dtype], (starts, dtype, config, relative(found, exact))
+                config = LatentConfig(16, 16, swap, num_warps=4, num_stages=1)
+                found = launch_latent(q, cache, rows, positions, 0.5, C, config, splits)
+                assert found.dtype == dtype and found.shape == (*q.shape[:3], C)
+                assert relative(found, exact) < most[dtype], (starts, dtype, config, relative(found, exact))
     # More queries than a tile has keys: the first of them see none of the last tile.
     q, cache, rows, positions = latent_case([3, 30], 40, 1, 32, 16, torch.float32, 70)
     for swap in (False, True):
-        config = LatentConfig(64, 16, swap, tma=False, per_sm=1, num_warps=4, num_stages=1)
+        config = LatentConfig(64, 16, swap, num_warps=4, num_stages=1)
         found = launch_latent(q, cache, rows, positions, 0.5, 32, config, 2)
         assert relative(found, latent_exact(q, cache, rows, positions, 0.5, 32)) < most[torch.float32]
     q, cache, rows, positions = latent_case([14, 66], 4, 5, 32, 16, torch.float32, 70)
@@ -246,18 +244,15 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("block_m", [16, 32, 64])
-def test_gpu_latent_attention_each_way(block_m, tma, swap, monkeypatch):
+def test_gpu_latent_attention_each_way(block_m, swap, monkeypatch):
     """Every way to run the kernel that latent_config may choose, on queries that fill no tile."""
-    if tma and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a copy engine")
     poison_new_memory(monkeypatch.setattr)
     starts, S, H = [0, 63, 64, 1000, 2043], 3, 7
     q, cache, rows, positions = (x.cuda() for x in latent_case(starts, S, H, 128, 32, torch.bfloat16, 2045))
     exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, 2045, 0.7, 128)
     for stages in (1, 2):
-        config = LatentConfig(block_m, 64, swap, tma, per_sm=1, num_warps=4, num_stages=stages)
+        config = LatentConfig(block_m, 64, swap, num_warps=4, num_stages=stages)
         for splits in (1, 6):
             check_latent(launch_latent(q, cache, rows, positions, 0.7, 128, config, splits), exact)
 

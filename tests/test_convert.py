@@ -16,15 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bf16_cast_fp8
 import convert
 import fp8_cast_bf16
+from cast import dequantise as dequantise_for_cast
 from checkpoint import INDEX_FILE, Checkpoint, shard, tensor_specs
 from checkpoints import SMALL, dequantise, make_hf, oracle, read_weights, same_bits
 from config import ModelArgs
 from errors import run_command
+from kernel import weight_dequant
 
 ROOT = Path(__file__).parents[1]
-SUMMARY = r"GB/s, peak memory \d\.\d\d GB"
+SUMMARY = r"GB/s, peak memory \d+ MB"
 WEIGHT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
@@ -130,6 +133,43 @@ def test_a_converted_folder_is_complete(small, tmp_path, run):
     for name in names:
         if not name.endswith(".safetensors") and name != "SHA256SUMS":
             assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
+
+
+LAYOUTS = {  # name -> kind, stored type, MTP layers, format of scales; with blocks at the edge that are not whole
+    "V2-Lite": ("v2lite", "bf16", 0, None),
+    "V2": ("v2", "bf16", 0, None),
+    "V3": ("v3", "fp8", 1, None),
+    "V3.1": ("v3", "fp8", 1, "ue8m0"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_through_every_converter(tmp_path, run, name):
+    """FP8 and BF16 folders of each model, either of which is made of the other, to shards and back."""
+    kind, dtype, mtp, scale_fmt = LAYOUTS[name]
+    sizes = {key: value for key, value in SMALL.items() if not (name == "V2-Lite" and key == "q_lora_rank")}
+    source = make_hf(tmp_path / dtype, kind, dtype, mtp=mtp, scale_fmt=scale_fmt, shards=3, **sizes)
+    fmt = ["--scale-fmt", scale_fmt] if scale_fmt else []
+    to_bf16 = fp8_cast_bf16, ["--input-fp8-hf-path", tmp_path / "fp8", "--output-bf16-hf-path", tmp_path / "bf16"]
+    to_fp8 = bf16_cast_fp8, ["--input-bf16-hf-path", tmp_path / "bf16", "--output-fp8-hf-path", tmp_path / "fp8", *fmt]
+    module, argv = to_bf16 if dtype == "fp8" else to_fp8
+    assert run(module, *argv, "--device", "cpu", "--verify")[0] == 0
+    if dtype == "fp8":
+        argv = [tmp_path / "again" if arg == tmp_path / "fp8" else arg for arg in to_fp8[1]]
+        code, out, _ = run(bf16_cast_fp8, *argv, "--device", "cpu", "--verify")
+        assert code == 0 and re.search(r"\d+ weights quantised; cast back to BF16, \d+ are what they were", out)
+    stored = read_weights(source)
+    assert any(t.shape[0] % 128 for n, t in stored.items() if n.endswith("kv_a_proj_with_mqa.weight"))
+    for folder in ("fp8", "bf16"):
+        shards, back = tmp_path / f"{folder}-2", tmp_path / f"{folder}-back"
+        code, out, _ = run(convert, *convert_argv(tmp_path / folder, shards), "--verify")
+        assert code == 0 and out.count(": repeats ") == 2 * mtp
+        assert run(convert, *to_hf_argv(shards, back), "--verify")[0] == 0
+        before, after = read_weights(tmp_path / folder), read_weights(back)
+        assert before.keys() == after.keys() and len(before) > 50
+        assert all(same_bits(before[key], after[key]) for key in before)
+        copies = [key for key in before if key.endswith((f"layers.{SMALL['num_hidden_layers']}.embed_tokens.weight"))]
+        assert len(copies) == mtp
 
 
 # --- the way back -----------------------------------------------------------------------------------------------------
@@ -241,6 +281,19 @@ def test_the_way_back_refuses_bad_shards_and_leaves_nothing(small, tmp_path, run
 
 
 # --- cast -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N, K", [(16, 256), (300, 130), (1, 1), (129, 128)])
+def test_dequantise_is_weight_dequant_bit_for_bit(N, K):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(-(-N * K // 256))[: N * K].view(N, K)
+    generator = torch.Generator().manual_seed(0)
+    shape = -(-N // 128), -(-K // 128)
+    for numbers in (True, False):
+        w = torch.where((codes & 127 == 127) & numbers, 0, codes).view(torch.float8_e4m3fn)
+        for factor in (1e-4, 1e-38, 1e-45, 1e30, 3e38):
+            scale = factor * torch.rand(shape, generator=generator)
+            assert same_bits(dequantise_for_cast(w, scale), weight_dequant(w, scale)), factor
+        assert same_bits(dequantise_for_cast(w, torch.zeros(shape)), weight_dequant(w, torch.zeros(shape)))
 
 
 @pytest.fixture(scope="module", params=[None, "ue8m0"])

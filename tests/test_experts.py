@@ -92,11 +92,11 @@ def choices(M: int, K: int, E: int, how: str, n_shared: int = 0) -> torch.Tensor
 
 def assert_e4m3_of(found: Quantised, exact: torch.Tensor, scale_fmt: str | None, case=None) -> None:
     """
-    The scales and codes of `exact` up to what rounding to bf16 three times before may change: scales by 2^-7, codes to
+    The scales and codes of `exact` up to what rounding to bf16 three times before may change: scales by 2^-6, codes to
     a neighbour. Triton's interpreter cuts off for bf16, and loses a carry on the way to e4m3 (see test_kernel.py).
     """
     plain = F.pad(exact, (0, -exact.shape[1] % 128)).unflatten(1, (-1, 128)).abs().amax(2).clamp(min=1e-4) / 448
-    scale, slack = found.scale.double(), 1 + (2.0**-5 if triton.knobs.runtime.interpret else 2.0**-7)
+    scale, slack = found.scale.double(), 1 + (2.0**-5 if triton.knobs.runtime.interpret else 2.0**-6)
     assert scale.shape == plain.shape, case
     if scale_fmt:
         assert (torch.frexp(found.scale)[0] == 0.5).all(), case
@@ -308,23 +308,19 @@ def test_gpu_gated_linear(inter, D):
 @pytest.mark.parametrize("M", [1, 2, 8, 33, 64, 130, 1000, 4096])
 def test_gpu_experts_of_v3s_width(M, inter):
     """32 experts and a shared one, whole and an eighth of each."""
-    if inter == 2048:
-        E, how = 32, {"hows": ("skewed" if M in (2, 33, 1000) else "random",)}
-    else:
-        E, how = 32, {}
-    how["scale_fmts"] = ("ue8m0",) if M in (2, 64, 1000) else (None,)
-    check_experts("cuda", M, E, 7168, inter, 8, 1, None, torch.bfloat16, True, 0.01, **how)
+    scale_fmts = ("ue8m0",) if M in (2, 64, 1000) else (None,)
+    check_experts("cuda", M, 32, 7168, inter, 8, 1, None, torch.bfloat16, True, 0.01, scale_fmts=scale_fmts)
+
+
+V2_LITE = [(M, *kind) for M in (1, 7, 16, 65, 1000, 4096) for kind in (("bf16", 1408), ("bf16", 176), ("fp8", 1408))]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "inter"), [("bf16", 1408), ("bf16", 176), ("fp8", 1408), ("fp32", 176)])
-@pytest.mark.parametrize("M", [1, 7, 16, 65, 1000, 4096])
+@pytest.mark.parametrize(("M", "dtype", "inter"), [*V2_LITE, (1, "fp32", 1408), (65, "fp32", 176)])
 def test_gpu_experts_of_v2_lite(M, dtype, inter):
     """64 experts and two shared ones, in bf16, as released; an eighth of an expert is in no whole blocks."""
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     most = {"bf16": 0.005, "fp8": 0.01, "fp32": 1e-5}[dtype]
-    if dtype == "fp32" and M > 100:
-        return
     check_experts("cuda", M, 64, 2048, inter, 6, 2, None, kind, dtype == "fp8", most, scale_fmts=(None,))
 
 
