@@ -52,12 +52,12 @@ def gated_linear(
     return Quantised(None, h, h_scale)
 
 
-def pair_block(pairs: int, n_local: int, fp8: bool, device: torch.device) -> int:
+def pair_block(x: torch.Tensor, pairs: int, n_local: int, fp8: bool) -> int:
     """How many pairs a tile takes: about what an expert has on average. The reference takes all of an expert's."""
-    if device.type != "cuda":
+    if not on_gpu(x):
         return pairs
     mean = pairs // n_local
-    return 16 if mean <= 16 else 32 if mean <= 32 else FEW if fp8 or mean <= 128 else 128
+    return 16 if mean <= 16 else 32 if mean <= 32 or x.dtype == torch.float32 else FEW if fp8 or mean <= 128 else 128
 
 
 Scaled = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and its scales if it is in e4m3

@@ -130,6 +130,8 @@ class LLM:
                 f"({max_batch_size} x {self.max_seq_len} tokens)",
                 file=sys.stderr,
             )
+            if parallel.sums:
+                print(parallel.sums, file=sys.stderr)
         self.model = model.to_empty(device=torch_device).eval()
         load_model(self.model, checkpoint, parallel, progress=verbose)
         if torch_device.type == "cpu":

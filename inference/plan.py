@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
-from config import ModelArgs
+from config import BLOCK_SIZE, ModelArgs
 from errors import InputError, run_command
 from kernel import cdiv
 from model import compute_dtype
@@ -122,13 +122,22 @@ def cache_bytes(args: ModelArgs, n_layers: int, max_batch_size: int, max_seq_len
     return n_layers * max_batch_size * max_seq_len * args.cache_dim * compute_dtype(args).itemsize
 
 
+def padding_bytes(args: ModelArgs, mp: int) -> int:
+    """In FP8 the rows of wq_a (or wq) and of wkv_a, which lie in one matrix, are each filled up to whole blocks."""
+    rows = args.q_lora_rank or args.n_heads // mp * args.qk_head_dim, args.cache_dim
+    padding = sum(-size % BLOCK_SIZE for size in rows) if args.dtype == "fp8" else 0
+    return (args.n_layers + args.n_mtp_layers) * padding * args.dim
+
+
 def workspace_bytes(args: ModelArgs, world_size: int, max_batch_size: int, max_seq_len: int, chunk: int) -> int:
     """
-    Activations of the largest prefill pass: some 8 vectors of `dim` and 2 of an expert's width for each of `chunk`
-    tokens, expanded keys and values of every cached token, and the logits.
+    Activations of the largest prefill pass: some 8 vectors of `dim` for each of `chunk` tokens; for each expert that
+    it chose the token itself, the expert's term and 3 vectors of an expert's width; expanded keys and values of every
+    cached token; and the logits.
     """
     heads = args.n_heads // world_size
-    tokens = chunk * (16 * args.dim + 4 * args.n_activated_experts * args.moe_inter_dim)
+    choices = args.n_activated_experts + args.n_shared_experts
+    tokens = chunk * (16 * args.dim + choices * (4 * args.dim + 6 * args.moe_inter_dim // world_size))
     keys = 2 * max_batch_size * max_seq_len * heads * (args.qk_head_dim + args.v_head_dim) * 2
     return tokens + min(keys, 8 * 2**30) + 12 * max_batch_size * args.vocab_size
 
@@ -143,7 +152,7 @@ def memory(
     chunk: int = PREFILL_CHUNK,
 ) -> Memory:
     """What a rank of `mp` needs to run a model of these args, whose `dtype` is that of the weights in memory."""
-    weights = sum(part.nbytes for part in weight_parts(args, mp, expert_parallel).values())
+    weights = sum(part.nbytes for part in weight_parts(args, mp, expert_parallel).values()) + padding_bytes(args, mp)
     cache = cache_bytes(args, args.n_layers + args.n_mtp_layers, max_batch_size, max_seq_len)
     return Memory(weights, cache, workspace_bytes(args, mp, max_batch_size, max_seq_len, chunk))
 

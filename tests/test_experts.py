@@ -154,7 +154,7 @@ def check_experts(
         indices = choices(M, K, E, how, n_shared)
         weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
         exact = experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype)
-        for block in blocks or (pair_block(indices.numel(), E + n_shared, fp8, x.device),):
+        for block in blocks or (pair_block(x, indices.numel(), E + n_shared, fp8),):
             parts = [(0, E + n_shared), (0, E // 2), (E // 2, E + n_shared - E // 2)]
             results = []
             for first, n_local in parts:
@@ -191,12 +191,15 @@ def test_experts(M):
     check_experts("cpu", M, 6, 256, 200, 3, 1, (16,), torch.bfloat16, True, 0.01)
 
 
-def test_pairs_of_a_tile():
+def test_pairs_of_a_tile(monkeypatch):
     """On a GPU a power of two, near an expert's mean, that the tensor cores take; tiles are few."""
-    assert pair_block(72, 9, True, torch.device("cpu")) == 72  # the reference takes an expert's pairs together
-    blocks = [pair_block(8 * M, 256, True, torch.device("cuda")) for M in range(1, 9000)]
+    x = torch.empty(1, dtype=torch.bfloat16)
+    assert pair_block(x, 72, 9, True) == 72  # the reference takes an expert's pairs together
+    monkeypatch.setattr("experts.on_gpu", lambda _: True)
+    blocks = [pair_block(x, 8 * M, 256, True) for M in range(1, 9000)]
     assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64}
-    assert set(pair_block(6 * M, 64, False, torch.device("cuda")) for M in range(1, 9000)) == {16, 32, 64, 128}
+    assert {pair_block(x, 6 * M, 64, False) for M in range(1, 9000)} == {16, 32, 64, 128}
+    assert {pair_block(x.float(), 6 * M, 64, False) for M in range(1, 9000)} == {16, 32}
     assert all(tile_count(8 * M, 256, b) <= 256 + 8 * M / b for M, b in zip(range(1, 9000), blocks, strict=True))
 
 

@@ -246,7 +246,7 @@ def test_refused_files(run, small, tmp_path):
     for argv, complaint in (
         (["--ckpt-path", tmp_path / "deeper"], "does not fit its config"),
         (["--config", tmp_path / "absent.json"], "no such file"),
-        (["--config", tmp_path], "not readable as JSON"),
+        (["--config", tmp_path], "not a file"),
         (["--config", tmp_path / "list.json"], "wanted a JSON object"),
         (["--config", tmp_path / "unknown.json"], "unknown field 'n_layer'"),
         (["--ckpt-path", tmp_path / "absent"], "no such folder"),
