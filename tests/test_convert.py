@@ -166,9 +166,9 @@ def test_every_layout_through_every_converter(tmp_path, run, name):
         assert code == 0 and out.count(": repeats ") == 2 * mtp
         assert run(convert, *to_hf_argv(shards, back), "--verify")[0] == 0
         before, after = read_weights(tmp_path / folder), read_weights(back)
-        assert before.keys() == after.keys() and len(before) > 50
+        assert before.keys() == after.keys() and len(before) > 35
         assert all(same_bits(before[key], after[key]) for key in before)
-        copies = [key for key in before if key.endswith((f"layers.{SMALL['num_hidden_layers']}.embed_tokens.weight"))]
+        copies = [key for key in before if key.endswith(".2.embed_tokens.weight")]
         assert len(copies) == mtp
 
 

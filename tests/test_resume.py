@@ -560,7 +560,7 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path):
     """Four times the layers, tensors of the same size: less than 5 % more memory."""
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 512, "vocab_size": 8192, "num_attention_heads": 8}
     commands = []
-    for layers in (2, 8):
+    for layers in (3, 12):
         config = v3_config(layers, 16) | sizes
         folder = tmp_path / str(layers)
         synthetic(folder / "fp8", ModelArgs.from_hf(config), config)
@@ -569,8 +569,8 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path):
             source = "cast" if name == "quantise" else source
             script = ROOT / "inference" / f"{module.__name__}.py"
             commands.append([script, from_, folder / source, to, folder / name, *others])
-    nbytes = [sum(path.stat().st_size for path in (tmp_path / n / "fp8").iterdir()) for n in "28"]
-    assert nbytes[1] > 3 * nbytes[0]
+    nbytes = [sum(path.stat().st_size for path in (tmp_path / n / "fp8").iterdir()) for n in ("3", "12")]
+    assert nbytes[1] - nbytes[0] > 2 * 10**8
     # Started from here, a process would count as its peak what this one has; so from a small one in between.
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],
