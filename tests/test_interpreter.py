@@ -1,0 +1,73 @@
+"""
+The whole model through its Triton kernels, on the CPU by Triton's interpreter: what each hands to the next, in the
+model's own shapes and strides. Kernels one by one are in the tests of their files; speed and FP8 need a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from checkpoint import Checkpoint, load_model
+from checkpoints import make_hf
+from model import Transformer
+from parallel import Parallel
+from sampling import Sampling, SamplingParams, choose
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def passes(model: Transformer, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of a prompt and of its drafts, of a chunk after it, of a single token, and the cache they leave."""
+    (B, S), found = tokens.shape, []
+    cache, rows = model.new_cache(B + 1, S + 2), torch.tensor([2, 0])
+    for start, stop in ((0, S - 3), (S - 3, S - 1), (S - 1, S)):
+        step = model.step((B, stop - start), torch.full((B,), start), rows, stop)
+        h = model.hidden(tokens[:, start:stop], step, cache)
+        found.append(model.logits(h))
+        if model.mtp and stop < S:
+            found.append(model.logits(model.draft(0, h, tokens[:, start + 1 : stop + 1], step, cache)))
+    greedy = Sampling.of([SamplingParams(0.0)] * B, torch.zeros(B, dtype=torch.int64))
+    best, _ = choose(found[-1][:, -1], greedy, torch.zeros(B, dtype=torch.int64), 0)
+    return [*found, cache, best]
+
+
+def main(kind: str, folder: str) -> None:
+    """Prints the results' largest difference, relative to each one's largest number."""
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint(make_hf(Path(folder), kind, "fp32"))
+    model = Transformer(checkpoint.args)
+    load_model(model, checkpoint, Parallel(), progress=False)
+    tokens = torch.randint(5, 500, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for interpret in (False, True):
+        with triton.knobs.runtime.scope(), torch.inference_mode():
+            triton.knobs.runtime.interpret = interpret  # what on_gpu asks; the kernels were made interpretable above
+            found[interpret] = passes(model, tokens)
+    assert torch.equal(found[True].pop(), found[False].pop()), "another token is the best"
+    pairs = zip(found[True], found[False], strict=True)
+    print(max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
+
+
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@pytest.mark.parametrize("kind", ["v3", "v2lite"])
+def test_model_in_the_interpreter(kind):
+    paths = [str(ROOT / "inference"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(
+            [sys.executable, __file__, kind, folder], env=env, capture_output=True, text=True, timeout=250
+        )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.split()[-1]) < 1e-5  # the same sums in another order: measured up to 3e-6
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
