@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernel import cdiv, on_gpu, pdl_options
+from kernel import cdiv, on_gpu, on_hopper, pdl_options
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
@@ -34,10 +34,6 @@ CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_atte
 def padded(n: int) -> int:
     """The side of a tile that holds n: a power of two, and at least 16 for tl.dot."""
     return max(16, triton.next_power_of_2(n))
-
-
-def on_hopper(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -190,11 +186,11 @@ def prefill_attention(
         return prefill_attention_ref(q, k, v, positions, scale)
     # cuDNN's causal mask is for queries that start where the keys do.
     heads = q.shape[-1], v.shape[-1]
-    if q.shape[1] == k.shape[1] and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and on_hopper(q):
+    if q.shape[1] == k.shape[1] and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and on_hopper(q.device):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    return launch_prefill(q, k, v, positions, scale, prefill_config(q.dtype, on_hopper(q)))
+    return launch_prefill(q, k, v, positions, scale, prefill_config(q.dtype, on_hopper(q.device)))
 
 
 # --- decode: inside the latent space ----------------------------------------------------------------------------------
@@ -380,7 +376,7 @@ def latent_attention(
     if not on_gpu(q):
         return latent_attention_ref(q, cache, rows, positions, kv_len, scale, C)
     B, S, H, _ = q.shape
-    config = latent_config(B, S * H, q.dtype, on_hopper(q))
+    config = latent_config(B, S * H, q.dtype, on_hopper(q.device))
     tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
     splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, multiprocessors(q.device))
     return launch_latent(q, cache, rows, positions, scale, C, config, splits)

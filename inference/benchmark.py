@@ -287,7 +287,7 @@ def run_decode(bench: Bench, engine: Engine, rows: int, length: int) -> Result:
     replay()
     seconds = time_of(replay, bench.options.steps, bench.on_gpu)
     if bench.options.profile and not bench.options.traces:
-        bench.options.traces.append(trace(bench, case, replay, 5))
+        bench.options.traces.append(trace(bench, case, run, 5))
     step_seconds, tokens_per_s, tokens_per_step = engine_decode(bench, engine, rows, length)
     hit = statistics.mean((load > 0).float().mean().item() for load in loads) if loads else None
     floor = floor_seconds(decode_bytes(bench.args, bench.parallel, rows, length, drafts, hit))
@@ -322,7 +322,10 @@ def run_prefill(bench: Bench, rows: int, length: int) -> Result:
 
 
 def trace(bench: Bench, case: str, run: Callable[[], Any], steps: int) -> str:
-    """Profile some runs: a chrome trace (a file a case), and the kernels that take longest as a table."""
+    """
+    Profile some runs: a chrome trace (a file a case), and the kernels that take longest as a table. Kernels are
+    launched one by one, so that each one's time is its own.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.on_gpu
     with profile(activities=activities) as profiler:
         for _ in range(steps):

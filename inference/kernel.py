@@ -47,12 +47,17 @@ def counters(device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether this GPU has what Hopper brought: the copy engine, programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def pdl_options(device: torch.device) -> dict[str, Any]:
     """
-    Programmatic dependent launch, from Hopper on: a kernel may start while the one before it drains, and waits
-    (gdc_wait) before it reads what that one wrote.
+    Programmatic dependent launch: a kernel may start while the one before it drains, and waits (gdc_wait) before it
+    reads what that one wrote. Not under a profiler, to which their times would seem to overlap.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if on_hopper(device) and not torch.autograd._profiler_enabled():
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -438,11 +443,6 @@ class Tiles(NamedTuple):
     ahead: int = 1  # slices of weights prefetched before the kernels before it have finished
 
 
-@functools.lru_cache
-def has_copy_engine(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wide: bool, grouped: bool) -> Tiles:
     """
     tokens: how many meet a weight, at most. m_tiles: tiles along them. slices: steps along K.
@@ -504,7 +504,7 @@ def launch_gemm(
     if tiles is None:
         m_tiles = routing[1].numel() if routing else cdiv(M, 64)
         tiles = choose_tiles(tokens, m_tiles, N, cdiv(K, block_k), gated, wide, routing is not None)
-        if not tiles.swap and K % 16 == 0 and has_copy_engine(x.device):
+        if not tiles.swap and K % 16 == 0 and on_hopper(x.device):
             tiles = tiles._replace(tma_x=not gather, tma_w=True)
     m_tiles = routing[1].numel() if routing else cdiv(M, tiles.block_m)
     n_tiles = m_tiles * cdiv(N, tiles.block_n)
