@@ -20,7 +20,7 @@ import torch
 from cast import SCALE, cast_folder, dequantise, open_source
 from checkpoint import tensor_specs
 from config import BLOCK_SIZE
-from conversion import Piece
+from conversion import Piece, Reader
 from errors import InputError, run_command
 from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
 from parallel import choose_device
@@ -41,10 +41,11 @@ def cast(
     checkpoint.check()
     fp8_args = replace(checkpoint.args, dtype="fp8", scale_fmt=scale_fmt)
     scales = {spec.hf_name: spec.shape for spec in tensor_specs(fp8_args).values() if spec.is_scale}
+    reader = Reader(checkpoint)
 
     def compute(piece: Piece) -> tuple[list[torch.Tensor], tuple[float, float] | None]:
         """The rows, or their codes and scales with the largest error and the largest value."""
-        rows = checkpoint.read(piece.name, (slice(piece.first, piece.last),))
+        rows = reader.read(piece)
         if piece.name + SCALE not in scales:
             return [rows], None
         rows = rows.to(device)

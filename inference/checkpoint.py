@@ -276,6 +276,11 @@ class Checkpoint:
             raise InputError(f"{self.path}: {pickles[0]} is a pickle; only safetensors files are read")
         else:
             raise InputError(f"{self.path}: no {SINGLE_FILE}, {INDEX_FILE} or model0-mp1.safetensors")
+        layers, experts = self.args.n_layers + self.args.n_mtp_layers, self.args.n_routed_experts
+        # Listing every tensor of a model that is far larger than the folder would take more memory than the folder has.
+        if layers * (experts + 1) > 2 * self.mp * len(self.tensors) + 1000:
+            found = f"{layers} layers of {experts} experts, but {len(self.tensors)} tensors"
+            raise InputError(f"{self.path}: does not fit its config: {found}")
 
     def _open(self, name: str) -> SafetensorsFile:
         # Links are followed, as the Hugging Face cache consists of them; devices and pipes are not files.

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import resource
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import CONFIG_FILE, INDEX_FILE, JOURNAL
+from checkpoint import CONFIG_FILE, INDEX_FILE, JOURNAL, Checkpoint, check_scale
 from config import BLOCK_SIZE
 from errors import InputError, problems
 from output import (
@@ -43,10 +44,10 @@ from output import (
 )
 from safetensors_io import Layout, SafetensorsFile, sync_folder
 
-PIECE_BYTES = 4 << 20  # of a tensor as stored: enough to keep the disk busy, little enough for the processor's cache
+PIECE_BYTES = 1 << 20  # of a tensor as stored: larger ones leave the processor's cache between reading and writing
 ROUND_BYTES = 256 << 20  # written between two lines of the journal, at least
 AHEAD_BYTES = 1 << 30  # written before its checksum is taken, at most: as much as the system's cache surely holds
-WORKERS = max(2, min(8, os.cpu_count() or 1))
+WORKERS = max(3, min(8, os.cpu_count() or 1))
 
 
 class Piece(NamedTuple):
@@ -55,6 +56,28 @@ class Piece(NamedTuple):
     name: str
     first: int
     last: int
+
+
+class Reader(threading.local):
+    """
+    Reads pieces, each thread into memory of its own that it uses again: to be given new memory for every piece takes as
+    long as to read it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """A piece as stored, until the next one is read in the same thread. Raises InputError as Checkpoint.read."""
+        name, rows = piece.name, slice(piece.first, piece.last)
+        stored = self.checkpoint.tensors[name]
+        if (nbytes := stored.rows(rows)[2]) > len(self.buffer):
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        values = stored.file.read_into(name, rows, self.buffer)
+        if name.endswith("_scale_inv"):
+            check_scale(stored.file.path, name, values)
+        return values
 
 
 @dataclass(frozen=True)
@@ -113,8 +136,8 @@ def convert_folder(conversion: Conversion, target: Path, verify: bool = False) -
 
 class Run:
     """
-    One run of a conversion: of its pieces the first `done` are safe on the disk, those after them are `unnoted`, and
-    `results` are those of both.
+    One run of a conversion. `results` are those of the pieces that are written; of these the first `done` are in the
+    journal or about to be, the rest is `unnoted`.
     """
 
     def __init__(self, conversion: Conversion, target: Path):
@@ -179,12 +202,16 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What a run has in common with the one that it goes on from."""
         stats = {file.path.name: os.stat(file.path) for file in self.conversion.inputs}
-        headers = hashlib.sha256("".join(file.header_sha256 for file in self.files.values()).encode())
+        layout = hashlib.sha256()
+        for file in self.files.values():
+            layout.update(f"{file.path.name} {file.header_sha256}\n".encode())
+        for piece in self.conversion.pieces:
+            layout.update(f"{piece.name} {piece.first} {piece.last}\n".encode())
         return {
             "settings": self.conversion.settings,
             "input": {name: [stats[name].st_size, stats[name].st_mtime_ns] for name in sorted(stats)},
             "config": hashlib.sha256(self.conversion.config).hexdigest(),
-            "output": headers.hexdigest(),
+            "layout": layout.hexdigest(),
         }
 
     def _take_over(self) -> None:

@@ -32,7 +32,7 @@ from checkpoint import (
     skippable,
     tensor_specs,
 )
-from conversion import Conversion, Piece, convert_folder, cut, same_bits
+from conversion import Conversion, Piece, Reader, convert_folder, cut, same_bits
 from errors import InputError, positive, run_command
 from output import Target, read_file
 from safetensors_io import Layout, StoredTensor, Tensors
@@ -76,6 +76,8 @@ def convert(
         layout = layout if layout.tensors == tensors else Layout(tensors)  # most often the same for all ranks
         files[name] = layout, {"mp": str(mp), "rank": str(rank), "experts": experts}
 
+    reader = Reader(checkpoint)
+
     def parts(piece: Piece) -> Iterator[tuple[Target, tuple[slice, ...]]]:
         """Where a piece goes, and what of it."""
         spec = by_name[piece.name]
@@ -84,7 +86,7 @@ def convert(
                 yield Target(name, spec.name, rows.start, rows.stop), (here, *columns)
 
     def compute(piece: Piece) -> tuple[list[torch.Tensor], None]:
-        rows = checkpoint.read(piece.name, (slice(piece.first, piece.last),))
+        rows = reader.read(piece)
         return [rows[part] for _, part in parts(piece)], None
 
     outcomes = {spec.hf_name: outcome(spec, mp, expert_parallel) for spec in specs}

@@ -17,7 +17,7 @@ import torch
 
 from cast import SCALE, cast_folder, dequantise, open_source
 from config import BLOCK_SIZE
-from conversion import Piece
+from conversion import Piece, Reader
 from errors import InputError, run_command
 from kernel import E4M3, cdiv
 from parallel import choose_device
@@ -33,9 +33,10 @@ def cast(source: Path, target: Path, device: torch.device, verify: bool = False)
     if checkpoint.args.dtype != "fp8":
         raise InputError(f"{source}: not an FP8 checkpoint: its config.json has no quantization_config")
     checkpoint.check()
+    reader = Reader(checkpoint)
 
     def compute(piece: Piece) -> tuple[list[torch.Tensor], None]:
-        rows = checkpoint.read(piece.name, (slice(piece.first, piece.last),))
+        rows = reader.read(piece)
         if rows.dtype == E4M3:
             blocks = slice(piece.first // BLOCK_SIZE, cdiv(piece.last, BLOCK_SIZE))
             scale = checkpoint.read(piece.name + SCALE, (blocks,))

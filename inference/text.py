@@ -26,7 +26,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         read_json(folder / "tokenizer_config.json")
     logging.set_verbosity_error()  # the released files name a class that this one replaces
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer.encode("a")  # some of its settings are not looked at before
+        return tokenizer
     except Exception as error:  # whatever the tokenizer library makes of a garbled file
         raise InputError(f"{folder}: tokenizer does not load: {type(error).__name__}: {error}") from None
 

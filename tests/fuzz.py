@@ -22,12 +22,15 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would be a second line
 ROOT = Path(__file__).parents[1]
@@ -44,7 +47,7 @@ from checkpoints import SMALL, make_hf  # noqa: E402
 from errors import run_command  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS = 10, 15
-MAX_MEMORY = 128 << 20  # beyond what the process has before; the folders have 2 MB, which a BF16 model has as FP32, too
+MAX_MEMORY = 128 << 20  # beyond what the process has before; the folders have 2 MB
 MAX_FILE = 64 << 20
 
 JUNK: list[Any] = [None, True, -1, 0, 1, 3, 127, 2**31, 2**63, 10**30, -0.5, 1e308, float("nan"), float("inf"), "", "x"]
@@ -57,12 +60,12 @@ NAMES += ["~/x.safetensors", "model-00009-of-000003.safetensors", "config.json",
 # --- mutations --------------------------------------------------------------------------------------------------------
 
 
-def places(data: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a JSON value."""
-    if not isinstance(data, (dict, list)):
+def places(data: Any, depth: int = 8) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value, but for what is nested very deep."""
+    if not isinstance(data, (dict, list)) or not depth:
         return []
     keys = list(data) if isinstance(data, dict) else range(len(data))
-    return [place for key in keys for place in [(data, key), *places(data[key])]]
+    return [place for key in keys for place in [(data, key), *places(data[key], depth - 1)]]
 
 
 def mutate_json(random_: random.Random, data: Any) -> None:
@@ -101,8 +104,13 @@ def flipped(random_: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
+def is_small(path: Path) -> bool:
+    """Whether it is a file that can be changed here, and not what an earlier mutation put in its place."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size < MAX_FILE
+
+
 def json_file(random_: random.Random, path: Path) -> None:
-    if not path.is_file():
+    if not is_small(path):
         return
     if random_.random() < 0.3:
         path.write_bytes(mutate_text(random_, path.read_bytes()))
@@ -126,7 +134,7 @@ def tokenizer(random_: random.Random, folder: Path) -> None:
 
 def index(random_: random.Random, folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
-    if not path.is_file() or random_.random() < 0.3:
+    if not is_small(path) or random_.random() < 0.3:
         return json_file(random_, path)
     try:
         data = json.loads(path.read_bytes())
@@ -143,7 +151,7 @@ def index(random_: random.Random, folder: Path) -> None:
 
 
 def some_weights(random_: random.Random, folder: Path) -> Path | None:
-    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file() and not path.is_symlink())
+    found = sorted(filter(is_small, folder.glob("*.safetensors")))
     return random_.choice(found) if found else None
 
 
@@ -204,7 +212,7 @@ def files(random_: random.Random, folder: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     kind = random_.randrange(7)
-    kept = path.read_bytes() if path.is_file() and path.stat().st_size < MAX_FILE else b"x"
+    kept = path.read_bytes() if is_small(path) else b"x"
     path.unlink(missing_ok=True)
     if kind == 1:
         path.mkdir()
@@ -320,6 +328,7 @@ def run_child(main: Callable[[], None], argv: list, log: Path) -> None:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
         sys.argv = [main.__module__, *map(str, argv)]
         at_first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run_command(main)

@@ -408,6 +408,17 @@ def edit(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def replace(path: Path, make) -> None:
+    old = path.rename(path.with_suffix(".old"))
+    make(path)
+    old.unlink()
+
+
+def many_experts(folder: Path) -> str:
+    config = json.loads((folder / "config.old").read_text())
+    return json.dumps(config | {"n_routed_experts": 300_000})
+
+
 DAMAGE = {
     "missing folder": (shutil.rmtree, "no such folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -418,6 +429,16 @@ DAMAGE = {
         "the scale of an FP8 weight, is missing",
     ),
     "tensor missing": (lambda f: edit(f, lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
+    "config is a pipe": (lambda f: replace(f / "config.json", os.mkfifo), "config.json: not a file"),
+    "config without an end": (
+        lambda f: replace(f / "config.json", lambda path: path.symlink_to("/dev/zero")),
+        "config.json: not a file",
+    ),
+    "index of a terabyte": (lambda f: os.truncate(f / INDEX_FILE, 10**12), "no configuration or index is that long"),
+    "a million experts": (
+        lambda f: replace(f / "config.json", lambda path: path.write_text(many_experts(f))),
+        "3 layers of 300000 experts, but 121 tensors",
+    ),
     "Llama": (
         lambda f: (f / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'),
         "LlamaForCausalLM.* not supported",
