@@ -12,6 +12,7 @@ A case is a small sound folder, one to three mutations of it, and a command. It 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -76,7 +77,7 @@ def mutate_json(random_: random.Random, data: Any) -> None:
     value = container[key]
     kind = random_.randrange(4)
     if kind == 0:
-        container[key] = random_.choice(JUNK)
+        container[key] = copy.deepcopy(random_.choice(JUNK))
     elif kind == 1:
         del container[key]
     elif kind == 2 and type(value) in (int, float):
