@@ -15,13 +15,16 @@ from transformers import AutoModelForCausalLM
 import convert
 import evaluate
 import fp8_cast_bf16
-from llm import LLM
+from checkpoint import Checkpoint
+from errors import InputError
+from llm import LLM, weights_in_memory
 from sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "tiny" / "checkpoint"
 GENERATE = ROOT / "inference" / "generate.py"
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
+FLAGS = [[], ["--expert-parallel"], ["--gemm", "bf16"], ["--gemm", "w8a16"], ["--no-cuda-graph"]]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,32 @@ def test_fp8_arithmetic_answers_like_bf16(llm, nouns, conversations):
     assert result["same_answers"] >= 0.95
 
 
+def test_fp8_weights_with_bf16_activations(llm, nouns):
+    """As on GPUs without FP8 units, by the reference: the same weights, not rounded to bf16 once more."""
+    half = LLM(CHECKPOINT, device="cpu", gemm="w8a16", max_batch_size=32, max_seq_len=512)
+    assert half.model.layers[1].ffn.experts.w13.weight.dtype == torch.float8_e4m3fn
+    asked = [noun["question"] for noun in nouns[::10]]
+    same = [a.text == b.text for a, b in zip(llm.generate(asked, GREEDY), half.generate(asked, GREEDY), strict=True)]
+    assert len(same) == 20 and sum(same) >= 19
+
+
+def test_which_arithmetic_is_chosen(llm, monkeypatch):
+    """For FP8 weights, by --gemm: the type they are kept in, and whether activations are quantised."""
+    stored = Checkpoint(CHECKPOINT).args
+
+    def chosen(gemm: str, device: str, capability: tuple[int, int] = (0, 0)) -> tuple[str, str]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        args = weights_in_memory(stored, gemm, torch.device(device))
+        return args.dtype, args.activation_scheme
+
+    assert chosen("auto", "cpu") == chosen("bf16", "cuda", (9, 0)) == ("bf16", "dynamic")
+    assert chosen("auto", "cuda", (9, 0)) == chosen("auto", "cuda", (8, 9)) == ("fp8", "dynamic")
+    assert chosen("auto", "cuda", (8, 0)) == chosen("w8a16", "cuda", (9, 0)) == ("fp8", "none")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(InputError, match="A100 has no FP8 units; use --gemm w8a16"):
+        chosen("fp8", "cuda", (8, 0))
+
+
 def test_transformers_gives_the_same_tokens(llm, nouns, tmp_path, monkeypatch):
     out = tmp_path / "bf16"
     monkeypatch.setattr(
@@ -134,7 +163,7 @@ def test_converted_for_two_ranks_answers_the_same(llm, nouns, tmp_path, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [[], ["--expert-parallel"], ["--gemm", "bf16"]], ids=["tensor", "expert", "bf16"])
+@pytest.mark.parametrize("flags", FLAGS, ids=["tensor", "expert", "bf16", "w8a16", "eager"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_answers_on_gpus(llm, nouns, tmp_path, ranks, flags):
     """Over NCCL for two ranks. GPUs round otherwise than the CPU, which may tip an answer here and there."""
