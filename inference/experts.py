@@ -72,12 +72,16 @@ def experts_ref(
     """
     M, K = weights.shape
     x = x.x if isinstance(x, Quantised) else x
-    w13, w2 = (list(zip(w, [None] * len(w) if s is None else s, strict=True)) for w, s in (w13, w2))
+    (w13, scale_13), (w2, scale_2) = w13, w2
+    if w13.requires_grad:  # one gradient for the whole stack, where each w13[e] would have one of its size
+        w13, w2 = w13.unbind(), w2.unbind()
+    x = x[routing.order // K]
     outputs, done = [], 0
     for e, start, stop in zip(*(part.tolist() for part in routing[1:]), strict=True):
         if e >= 0:
-            x_e = x[routing.order[start:stop] // K]
-            outputs.append(linear(gated_linear_ref(x_e, *w13[e], scale_fmt), *w2[e], scale_fmt))
+            scales = (None, None) if scale_13 is None else (scale_13[e], scale_2[e])
+            h = gated_linear_ref(x[start:stop], w13[e], scales[0], scale_fmt)
+            outputs.append(linear(h, w2[e], scales[1], scale_fmt))
             done = stop
     outputs.append(x.new_zeros(M * K - done, x.shape[1]))
     y = torch.cat(outputs)[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order

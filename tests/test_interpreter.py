@@ -45,7 +45,7 @@ def main(kind: str, folder: str) -> None:
     checkpoint = Checkpoint(make_hf(Path(folder), kind, "fp32"))
     model = Transformer(checkpoint.args)
     load_model(model, checkpoint, Parallel(), progress=False)
-    tokens = torch.randint(5, 500, (2, 9), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(5, 500, (2, 6), generator=torch.Generator().manual_seed(1))
     found = {}
     for interpret in (False, True):
         with triton.knobs.runtime.scope(), torch.inference_mode():

@@ -3,7 +3,7 @@ Converters that are stopped: by SIGKILL, a power cut, Ctrl-C, a full disk. The s
 bytes of a run that was not stopped, and no command may take what was left for a checkpoint. Also --verify, SHA256SUMS,
 and the memory that a conversion takes.
 
-KILLS=1000 in the environment kills each converter as often; the default is 30.
+KILLS=1000 in the environment kills each converter as often; the default is 10.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 from converters import synthetic, v3_config  # noqa: E402
 
-KILLS = int(os.environ.get("KILLS", "30"))
+KILLS = int(os.environ.get("KILLS", "10"))
 
 CONVERTERS: dict[str, tuple] = {  # name -> module, input, flags that name input and output, other flags
     "convert": (convert, "fp8", "--hf-ckpt-path", "--save-path", ["--model-parallel", "2"]),
