@@ -95,9 +95,7 @@ def gemm(M: int, N: int, K: int, device: torch.device, cold_bytes: int = COLD_BY
     return Timing("fp8_gemm", shape, us, nbytes / us / 1e6, 2 * M * N * K / us / 1e6, library_us=library_us)
 
 
-def mla(
-    heads: int, rows: int, length: int, queries: int, device: torch.device, cold_bytes: int = COLD_BYTES
-) -> Timing:
+def mla(heads: int, rows: int, length: int, queries: int, device: torch.device, cold_bytes: int = COLD_BYTES) -> Timing:
     """Attention inside the latent space: reads rows * length * (C + R) numbers of 2 bytes."""
     nbytes = rows * length * (C + R) * 2
     q = torch.randn(rows, queries, heads, C + R, dtype=torch.bfloat16, device=device)

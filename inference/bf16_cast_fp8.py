@@ -26,9 +26,7 @@ from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
 from parallel import choose_device
 
 
-def cast(
-    source: Path, target: Path, device: torch.device, scale_fmt: str | None = None, verify: bool = False
-) -> None:
+def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None = None, verify: bool = False) -> None:
     """
     Write `target`, an FP8 Hugging Face checkpoint, from the BF16 one in `source`, computing on `device`.
 

@@ -6,8 +6,7 @@ prefill they cost bandwidth: bytes read + bytes written, 4.3 TB/s on an H200. Wh
 the activation quantised, and with `keep=False` do not write it in its own type at all.
 
 Dimension letters: M tokens (B rows of S), D dim, P terms of a sum, H local heads, C kv_lora_rank, R qk_rope_head_dim,
-N qk_nope_head_dim, V v_head_dim. `rotation` [M, R / 2, 2] holds cos and sin of each rotary pair's
-angle in fp32.
+N qk_nope_head_dim, V v_head_dim. `rotation` [M, R / 2, 2] holds cos and sin of each rotary pair's angle in fp32.
 """
 
 from __future__ import annotations
@@ -49,6 +48,22 @@ def quantise_groups(x, UE8M0: tl.constexpr):
     """x [groups, 128] fp32 -> x / s, to be cast to e4m3, and s [groups], as act_quant does."""
     scale = scale_of(tl.max(tl.abs(x), 1), _MIN_AMAX, _E4M3_MAX, UE8M0)
     return tl.math.div_rn(x, scale[:, None] + tl.zeros_like(x)), scale
+
+
+@triton.jit
+def store_normed(
+    x, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, D: tl.constexpr, DTYPE: tl.constexpr,
+    KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr,
+):  # fmt: skip
+    """h = x / sqrt(mean(x^2) + eps) * weight, rounded to DTYPE, of token m as [groups, 128]; itself and quantised."""
+    inside = cols < D
+    h = (x * tl.rsqrt(tl.sum(x * x) / D + eps) * weight).to(DTYPE)
+    if KEEP:
+        tl.store(h_ptr + m * D + cols, h, mask=inside)
+    if QUANTISE:
+        values, scale = quantise_groups(h.to(tl.float32), UE8M0)
+        tl.store(values_ptr + m * D + cols, values.to(values_ptr.dtype.element_ty), mask=inside)
+        tl.store(scale_ptr + groups.to(tl.int64) * M + m, scale, mask=groups * _GROUP < D)
 
 
 @triton.jit
@@ -125,14 +140,10 @@ def add_rms_norm_kernel(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + m * D + cols, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    h = x * tl.rsqrt(tl.sum(x * x) / D + eps) * weight
-    h = h.to(x_ptr.dtype.element_ty)
-    if KEEP:
-        tl.store(h_ptr + m * D + cols, h, mask=inside)
-    if QUANTISE:
-        values, scale = quantise_groups(h.to(tl.float32), UE8M0)
-        tl.store(values_ptr + m * D + cols, values.to(values_ptr.dtype.element_ty), mask=inside)
-        tl.store(scale_ptr + groups.to(tl.int64) * M + m, scale, mask=groups * _GROUP < D)
+    store_normed(
+        x, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, D, x_ptr.dtype.element_ty, KEEP, QUANTISE,
+        UE8M0,
+    )  # fmt: skip
 
 
 def add_rms_norm(
@@ -250,13 +261,10 @@ def query_latent(
     inside = cols < RANK
     x = tl.load(y_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    q = (x * tl.rsqrt(tl.sum(x * x) / RANK + eps) * weight).to(y_ptr.dtype.element_ty)
-    if KEEP:
-        tl.store(q_ptr + m * RANK + cols, q, mask=inside)
-    if QUANTISE:
-        values, scale = quantise_groups(q.to(tl.float32), UE8M0)
-        tl.store(values_ptr + m * RANK + cols, values.to(values_ptr.dtype.element_ty), mask=inside)
-        tl.store(scale_ptr + groups.to(tl.int64) * M + m, scale, mask=groups * _GROUP < RANK)
+    store_normed(
+        x, weight, q_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, RANK, y_ptr.dtype.element_ty, KEEP, QUANTISE,
+        UE8M0,
+    )  # fmt: skip
 
 
 @triton.jit

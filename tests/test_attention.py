@@ -7,14 +7,8 @@ to be set before triton is imported, so a test does it in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import triton
 
 from attention import (
     LatentConfig,
@@ -28,6 +22,7 @@ from attention import (
     prefill_attention,
     prefill_attention_ref,
 )
+from interpreter import interpret, needs_interpreter
 from kernel import cdiv
 
 
@@ -144,13 +139,9 @@ def test_latent_splits():
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    root = Path(__file__).parent.parent
-    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+    assert interpret(__file__) == "interpreted"
 
 
 def interpreted() -> None:

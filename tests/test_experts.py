@@ -7,10 +7,6 @@ Gated products and experts: the references against loops over pairs in float64, 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ import torch.nn.functional as F
 import triton
 
 from experts import experts, gated_linear, gated_linear_ref, pair_block
+from interpreter import interpret, needs_interpreter
 from kernel import E4M3, Quantised, Tiles, act_quant, act_quant_ref, cdiv, counters, launch_gemm, weight_quant
 from routing import Routing, sort_pairs_ref, tile_count
 from test_fused import interpret_bf16_dots, poisoned
@@ -206,13 +203,9 @@ def test_pairs_of_a_tile(monkeypatch):
 # --- the kernel through Triton's interpreter --------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    root = Path(__file__).parent.parent
-    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+    assert interpret(__file__) == "interpreted"
 
 
 def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, tiles: Tiles) -> None:

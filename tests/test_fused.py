@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +35,7 @@ from fused import (
     silu_mul,
     silu_mul_ref,
 )
+from interpreter import interpret, needs_interpreter
 from kernel import E4M3, Quantised, act_quant_ref, counters
 
 SCALE_FMTS = [None, "ue8m0"]
@@ -141,9 +138,7 @@ def check_rotate_query(device: str, M: int, H: int, N: int, R: int, dtype: torch
     assert_near(found[..., N:], turned(q[..., N:], rotation), (M, H, N, R, dtype))
 
 
-def check_latents(
-    device: str, B: int, S: int, Q: int, C: int, R: int, dtype: torch.dtype, cached: bool = True
-) -> None:
+def check_latents(device: str, B: int, S: int, Q: int, C: int, R: int, dtype: torch.dtype, cached: bool = True) -> None:
     case = (B, S, Q, C, R, dtype)
     M, gap, length = B * S, 3, 11
     y = random(M, Q + gap + C + R + 2, dtype=dtype).to(device)
@@ -258,13 +253,9 @@ def test_rotary_is_a_complex_product():
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    root = Path(__file__).parent.parent
-    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+    assert interpret(__file__) == "interpreted"
 
 
 def interpret_bf16_dots() -> None:

@@ -5,10 +5,7 @@ model's own shapes and strides. Kernels one by one are in the tests of their fil
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,11 +14,10 @@ import triton
 
 from checkpoint import Checkpoint, load_model
 from checkpoints import make_hf
+from interpreter import interpret, needs_interpreter
 from model import Transformer
 from parallel import Parallel
 from sampling import Sampling, SamplingParams, choose
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def passes(model: Transformer, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -47,26 +43,19 @@ def main(kind: str, folder: str) -> None:
     load_model(model, checkpoint, Parallel(), progress=False)
     tokens = torch.randint(5, 500, (2, 6), generator=torch.Generator().manual_seed(1))
     found = {}
-    for interpret in (False, True):
+    for with_kernels in (False, True):
         with triton.knobs.runtime.scope(), torch.inference_mode():
-            triton.knobs.runtime.interpret = interpret  # what on_gpu asks; the kernels were made interpretable above
-            found[interpret] = passes(model, tokens)
+            triton.knobs.runtime.interpret = with_kernels  # what on_gpu asks; the kernels were made interpretable above
+            found[with_kernels] = passes(model, tokens)
     assert torch.equal(found[True].pop(), found[False].pop()), "another token is the best"
     pairs = zip(found[True], found[False], strict=True)
     print(max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@needs_interpreter
 @pytest.mark.parametrize("kind", ["v3", "v2lite"])
-def test_model_in_the_interpreter(kind):
-    paths = [str(ROOT / "inference"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(
-            [sys.executable, __file__, kind, folder], env=env, capture_output=True, text=True, timeout=250
-        )
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout.split()[-1]) < 1e-5  # the same sums in another order: measured up to 3e-6
+def test_model_in_the_interpreter(kind, tmp_path):
+    assert float(interpret(__file__, kind, str(tmp_path))) < 1e-5  # the same sums in another order: measured up to 3e-6
 
 
 if __name__ == "__main__":

@@ -7,18 +7,15 @@ be set before triton is imported, so a test does it in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 
 from config import ModelArgs
+from interpreter import interpret, needs_interpreter
 from kernel import (
     E4M3,
     Quantised,
@@ -259,13 +256,9 @@ def test_linear_fp32():
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    root = Path(__file__).parent.parent
-    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+    assert interpret(__file__) == "interpreted"
 
 
 def interpreted() -> None:
@@ -296,6 +289,10 @@ def interpreted() -> None:
                 found = fp8_gemm(*map(before_nans, operands), dtype)
                 assert relative(found, product(*operands)) < most, (scale_fmt, M, N, K, dtype)
     interpreted_gemm()
+    wide, w = random(5, 300), random(40, 130, seed=1)
+    y = torch.full((5, 40), torch.nan)
+    launch_gemm(wide[:, 100:230], None, w, None, y)  # a part of something wider, as a latent is of a cache's entry
+    assert relative(y, wide[:, 100:230].double() @ w.double().T) < 1e-6
     print("interpreted")
 
 
@@ -436,6 +433,8 @@ def test_gpu_linear_in_bf16_and_with_fp8_weights(N, K):
         # The library may add parts of K that it has rounded.
         most = (1.05 if M <= 16 else 2) * relative(exact.bfloat16(), exact)
         assert relative(linear(x, w.bfloat16()), exact) <= most, M
+        part = torch.cat([x, x.flip(0)], 1)[:, :K]  # its rows lie further apart than they are long
+        assert torch.equal(linear(part, w.bfloat16()), linear(x, w.bfloat16())), M
         found = torch.full((M, N), torch.nan, dtype=torch.bfloat16, device="cuda")
         launch_gemm(x, None, quantised, scale, found)
         exact = x.double() @ dequantised.T

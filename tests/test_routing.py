@@ -7,15 +7,11 @@ Routing: the references against loops over tokens and experts, the kernels again
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
+from interpreter import interpret, needs_interpreter
 from kernel import counters
 from routing import (
     CHUNK,
@@ -198,13 +194,9 @@ def test_route_and_sort():
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="older interpreters fail with numpy 2.5")
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    root = Path(__file__).parent.parent
-    paths = [str(root / "inference"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0 and run.stdout.split()[-1] == "interpreted", run.stdout + run.stderr
+    assert interpret(__file__) == "interpreted"
 
 
 def interpreted() -> None:
