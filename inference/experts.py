@@ -7,7 +7,10 @@ Dimension letters: M tokens, D dim, I inner width, E local experts, K choices a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 
 from config import BLOCK_SIZE
 from fused import silu_mul, silu_mul_ref
@@ -17,16 +20,23 @@ from routing import Routing
 FEW = 64  # tokens up to which a product is bound by reading the weights
 
 
-def gated_linear_ref(
+def gate_and_up(
     x: torch.Tensor | Quantised, weight: torch.Tensor, scale: torch.Tensor | None, scale_fmt: str | None
 ) -> torch.Tensor:
-    """x [M, D], weight [2, I, D] (w1 and w3), scale [2, ...] or None -> silu(x w1^T) * (x w3^T) [M, I]."""
+    """x [M, D], weight [2, I, D] (w1 and w3), scale [2, ...] or None -> x w1^T and x w3^T [M, 2, I]."""
     if scale is None:
         y = linear(x, weight.flatten(0, 1))
     else:
         halves = zip(weight, scale, strict=True)
         y = torch.cat([linear(x, half, half_scale, scale_fmt) for half, half_scale in halves], dim=1)
-    return silu_mul_ref(y.unflatten(1, (2, -1)))
+    return y.unflatten(1, (2, -1))
+
+
+def gated_linear_ref(
+    x: torch.Tensor | Quantised, weight: torch.Tensor, scale: torch.Tensor | None, scale_fmt: str | None
+) -> torch.Tensor:
+    """x [M, D], weight [2, I, D] (w1 and w3), scale [2, ...] or None -> silu(x w1^T) * (x w3^T) [M, I]."""
+    return silu_mul_ref(gate_and_up(x, weight, scale, scale_fmt))
 
 
 def gated_linear(
@@ -72,19 +82,22 @@ def experts_ref(
     """
     M, K = weights.shape
     x = x.x if isinstance(x, Quantised) else x
-    (w13, scale_13), (w2, scale_2) = w13, w2
-    if w13.requires_grad:  # one gradient for the whole stack, where each w13[e] would have one of its size
-        w13, w2 = w13.unbind(), w2.unbind()
-    x = x[routing.order // K]
-    outputs, done = [], 0
-    for e, start, stop in zip(*(part.tolist() for part in routing[1:]), strict=True):
-        if e >= 0:
-            scales = (None, None) if scale_13 is None else (scale_13[e], scale_2[e])
-            h = gated_linear_ref(x[start:stop], w13[e], scales[0], scale_fmt)
-            outputs.append(linear(h, w2[e], scales[1], scale_fmt))
-            done = stop
-    outputs.append(x.new_zeros(M * K - done, x.shape[1]))
-    y = torch.cat(outputs)[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order
+    tiles = [tile for tile in zip(*(part.tolist() for part in routing[1:]), strict=True) if tile[0] >= 0]
+
+    def grouped(product: Callable, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if weight.requires_grad:  # one gradient for the whole stack, where each weight[e] would have one of its size
+            weight = weight.unbind()
+        parts = [
+            product(x[start:stop], weight[e], None if scale is None else scale[e], scale_fmt)
+            for e, start, stop in tiles
+        ]
+        return torch.cat(parts)
+
+    if not tiles:
+        return x.new_zeros(M, K, x.shape[1])
+    h = silu_mul_ref(grouped(gate_and_up, x[routing.order // K], *w13))
+    y = grouped(linear, h, *w2)
+    y = F.pad(y, (0, 0, 0, M * K - len(y)))[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order
     return (y.float() * weights[..., None]).to(x.dtype)
 
 

@@ -600,4 +600,5 @@ def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [M, K], weight [N, K] -> x @ weight.T [M, N] in fp32, never rounded to the inputs' type."""
     if x.is_cuda and weight.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return F.linear(x.float(), weight.float())
+    x = x.float()
+    return torch.cat([F.linear(x, part.float()) for part in weight.split(max(2**19 // weight.shape[1], 1))], dim=1)
