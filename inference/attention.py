@@ -125,7 +125,7 @@ def prefill_attention_kernel(
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d, rest, d_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_REST), tl.arange(0, BLOCK_V)
-    q_ptrs, inside = q_ptr + (i * q_s)[:, None], (i < S)[:, None]
+    q_ptrs, inside = q_ptr + (i.to(tl.int64) * q_s)[:, None], (i < S)[:, None]
     q = tl.load(q_ptrs + d[None, :], mask=inside & (d < D_K)[None, :], other=0.0)
     q_rest = tl.load(q_ptrs + BLOCK_K + rest[None, :], mask=inside & (rest < D_K - BLOCK_K)[None, :], other=0.0)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -184,9 +184,9 @@ def prefill_attention(
     """
     if not on_gpu(q):
         return prefill_attention_ref(q, k, v, positions, scale)
-    # cuDNN's causal mask is for queries that start where the keys do.
+    # cuDNN's causal mask is for queries that start where the keys do; it takes no single key.
     heads = q.shape[-1], v.shape[-1]
-    if q.shape[1] == k.shape[1] and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and on_hopper(q.device):
+    if 1 < q.shape[1] == k.shape[1] and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and on_hopper(q.device):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)

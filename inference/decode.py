@@ -228,7 +228,8 @@ class Decoder:
         self.tokens.index_copy_(0, rows, torch.cat([new.gather(1, n_accepted), drafts], dim=1))
         if kind.penalty:
             counts = torch.arange(N + 1, device=self.device) <= n_accepted
-            self.seen[rows[:, None], torch.where(counts, new, new[:, :1])] = True
+            # Not `= True`: a Python value would be copied from the host, which no graph can hold.
+            self.seen[rows[:, None], torch.where(counts, new, new[:, :1])] = torch.ones_like(counts)
         return self._output(shared, logits, kind)
 
     def _draft(

@@ -162,7 +162,7 @@ def add_rms_norm(
     h, values, scale = outputs(x, (M, D), quantise, keep)
     groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
     # 8 elements a thread for few tokens, 32 for many: then more programs share a multiprocessor.
-    num_warps = max(groups // (2 if M <= 16 else 4 if M <= 256 else 8), 1)
+    num_warps = min(max(groups // (2 if M <= 16 else 4 if M <= 256 else 8), 1), 32)
     add_rms_norm_kernel[(M,)](
         x, delta, weight, total, h, values, scale, M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0,
         groups, num_warps=num_warps, **pdl_options(x.device),
@@ -590,7 +590,8 @@ def argmax_kernel(
         all_best = tl.load(best_ptr + cells, mask=there, other=float("-inf"), cache_modifier=".cg")
         all_where = tl.load(where_ptr + cells, mask=there, other=0, cache_modifier=".cg")
         _, first = tl.max(all_best, 0, return_indices=True)
-        tl.store(out_ptr + b, tl.sum(tl.where(chunks == first, all_where, 0)).to(tl.int64))
+        found = tl.sum(tl.where(chunks == first, all_where, 0))
+        tl.store(out_ptr + b, tl.minimum(found, V - 1).to(tl.int64))  # a token, even of nothing but NaN
         tl.store(counter_ptr + b, 0)
 
 

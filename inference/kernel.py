@@ -47,6 +47,12 @@ def counters(device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache
+def has_e4m3(device: torch.device) -> bool:
+    """Whether Triton can read and write e4m3 here: GPUs of compute capability 8.9 on. PyTorch itself can anywhere."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.lru_cache
 def on_hopper(device: torch.device) -> bool:
     """Whether this GPU has what Hopper brought: the copy engine, programmatic dependent launch."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -169,7 +175,7 @@ def weight_quant_kernel(
 
 def weight_quant(w: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See weight_quant_ref."""
-    if not on_gpu(w):
+    if not on_gpu(w) or not has_e4m3(w.device):
         return weight_quant_ref(w, scale_fmt)
     w = w.contiguous()
     N, K = w.shape
@@ -204,7 +210,7 @@ def weight_dequant(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     grid = (cdiv(N, BLOCK_SIZE), cdiv(K, BLOCK_SIZE))
     if tuple(scale.shape) != grid:
         raise ValueError(f"{tuple(w.shape)=} has {grid} blocks, but {tuple(scale.shape)=}")
-    if not on_gpu(w):
+    if not on_gpu(w) or not has_e4m3(w.device):
         return weight_dequant_ref(w, scale, dtype)
     y = torch.empty(N, K, dtype=dtype, device=w.device)
     weight_dequant_kernel[grid](w.contiguous(), scale.contiguous(), y, N, K, BLOCK_SIZE)
@@ -451,7 +457,7 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     narrower ones where that many cannot be had.
     """
     if tokens > (63 if grouped else 64):
-        if wide and tokens == 128:
+        if wide and tokens == 128 and not gated:
             return Tiles(128, 256, 1, 8, 3, False)
         return Tiles(min(tokens, 128) if grouped else 64, 128, 1, 8 if gated else 4, 3, False)
     block_m = max(16, triton.next_power_of_2(tokens))
@@ -507,6 +513,8 @@ def launch_gemm(
         tiles = choose_tiles(tokens, m_tiles, N, cdiv(K, block_k), gated, wide, routing is not None)
         if not tiles.swap and K % 16 == 0 and on_hopper(x.device):
             tiles = tiles._replace(tma_x=not gather, tma_w=True)
+        if not on_hopper(x.device):  # as little as 99 KiB of shared memory
+            tiles = tiles._replace(stages=min(tiles.stages, 4))
     m_tiles = routing[1].numel() if routing else cdiv(M, tiles.block_m)
     n_tiles = m_tiles * cdiv(N, tiles.block_n)
     count = counters(x.device)
@@ -543,6 +551,7 @@ def library_gemm(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scal
         a = F.pad(a.view(torch.uint8), (0, 0, 0, -M % 4)).view(E4M3)
         a_scale = F.pad(a_scale, (0, 0, 0, -M % 4))
     a_scale = a_scale.t().contiguous().t()  # column-major, as norms and gates write it: no copy then
+    b_scale = F.pad(b_scale, (0, -b_scale.shape[1] % 4))  # for every 512 of K
     rows, blocks = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
     return F.scaled_mm(a, b.t(), a_scale, rows, b_scale.t(), blocks, output_dtype=torch.bfloat16)[:M]
 

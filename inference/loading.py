@@ -107,8 +107,9 @@ class Staging:
     def __init__(self, device: torch.device, n_threads: int, room: int):
         self.free: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Stream]] = queue.SimpleQueue()
         for _ in range(n_threads):
-            memory = torch.empty(room, dtype=torch.uint8, pin_memory=True)
-            self.free.put((memory, torch.cuda.Stream(device)))
+            memory, stream = torch.empty(room, dtype=torch.uint8, pin_memory=True), torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))  # whatever was to be written there is
+            self.free.put((memory, stream))
 
     def fill(self, batch: list[Piece]) -> int:
         """Fill targets on the GPU; how many bytes they hold. Each copy runs while the next piece is read."""
@@ -139,7 +140,9 @@ def load(pieces: Sequence[Piece], others: Sequence[Callable[[], int]] = ()) -> I
     if batched and batched[0][0].target.is_cuda:
         room = max(sum(piece.room for piece in batch) for batch in batched)
         fill = Staging(batched[0][0].target.device, n_threads, room).fill
-    executor = ThreadPoolExecutor(n_threads)
+    # A thread begins on GPU 0, and kernels are launched on the thread's GPU wherever their tensors are.
+    here = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else (None, ())
+    executor = ThreadPoolExecutor(n_threads, initializer=here[0], initargs=here[1])
     try:
         futures = [executor.submit(fill, batch) for batch in batched]
         futures += [executor.submit(other) for other in others]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import gc
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -132,22 +134,37 @@ def share_memory(control: dist.ProcessGroup, device: torch.device) -> tuple[Symm
     return memory, f"sums of up to {TWO_SHOT_BYTES >> 20} MB through shared GPU memory"
 
 
+@functools.lru_cache
+def joined(device: torch.device) -> Parallel:
+    """This process among torchrun's, once and for all."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # multicast needs rights that containers lack
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+    # Else gloo's threads now and then abort the process as it ends. Not so NCCL's group: its end waits for the other
+    # ranks and for every CUDA graph with a collective, so after an error on one rank none would come; see leave_ranks.
+    atexit.register(dist.destroy_process_group, control if device.type == "cuda" else None)
+    parallel = Parallel(dist.get_rank(), dist.get_world_size(), control=control)
+    if device.type == "cuda":
+        symmetric, sums = share_memory(control, device)
+        parallel = replace(parallel, symmetric=symmetric, sums=sums)
+    return parallel
+
+
 def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, torch.device]:
     """The Parallel and the device of this process, from torchrun's environment; a single process without it."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     torch_device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if world_size == 1:
-        return Parallel(expert_parallel=expert_parallel), torch_device
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # multicast needs rights that containers lack
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-    atexit.register(dist.destroy_process_group)  # else gloo's threads now and then abort the process as it ends
-    parallel = Parallel(dist.get_rank(), world_size, expert_parallel, control=control)
-    if device == "cuda":
-        symmetric, sums = share_memory(control, torch_device)
-        parallel = replace(parallel, symmetric=symmetric, sums=sums)
-    return parallel, torch_device
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return replace(Parallel() if alone else joined(torch_device), expert_parallel=expert_parallel), torch_device
+
+
+def leave_ranks() -> None:
+    """At a program's good end, on every rank and with no model left that used the ranks: NCCL warns otherwise."""
+    if dist.is_initialized():
+        gc.collect()
+        atexit.unregister(dist.destroy_process_group)
+        dist.destroy_process_group()
+        joined.cache_clear()

@@ -287,7 +287,8 @@ def test_gpu_prefill_attention(dtype, D_k, D_v, monkeypatch):
     poison_new_memory(monkeypatch.setattr)
     # fp32: sums of a thousand terms. bf16: the weights' rounding and the result's, 2^-9 of each element at most.
     most = 1e-5 if dtype == torch.float32 else 2.0**-8
-    for starts, S, T in (([0, 0], 333, 333), ([0, 500, 129], 300, 800), ([700, 20], 1, 701), ([511], 512, 1023)):
+    cases = ([0, 0], 333, 333), ([0], 1, 1), ([0, 500, 129], 300, 800), ([700, 20], 1, 701), ([511], 512, 1023)
+    for starts, S, T in cases:
         q, k, v, positions = (x.cuda() for x in prefill_case(starts, S, T, 4, D_k, D_v, dtype))
         finite = (x.float().nan_to_num(7.0) for x in (q, k, v))
         wanted = prefill_attention_ref(*finite, positions, 0.1)

@@ -7,6 +7,7 @@ be set before triton is imported, so a test does it in a process of its own.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernel
 from config import ModelArgs
 from interpreter import interpret, needs_interpreter
 from kernel import (
@@ -22,10 +24,13 @@ from kernel import (
     Tiles,
     act_quant,
     act_quant_ref,
+    cdiv,
+    choose_tiles,
     counters,
     fp8_gemm,
     fp8_gemm_ref,
     launch_gemm,
+    library_gemm,
     linear,
     linear_fp32,
     weight_dequant,
@@ -254,6 +259,38 @@ def test_linear_fp32():
 
 
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [128, 256, 512, 1152, 2304, 7168])
+@pytest.mark.parametrize("M", [65, 68, 4096])
+def test_the_library_takes_these_scales(M, K):
+    """By its own checks of shapes and strides, which PyTorch makes of tensors without data too."""
+    a, b = torch.empty(M, K, dtype=E4M3, device="meta"), torch.empty(384, K, dtype=E4M3, device="meta")
+    a_scale, b_scale = torch.empty(M, K // 128, device="meta"), torch.empty(3, K // 128, device="meta")
+    assert library_gemm(a, a_scale, b, b_scale).shape == (M, 384)
+
+
+@pytest.mark.parametrize("format", ["wide", "w8a16", "fp8"])
+def test_tiles_fit(format):
+    """In an H200's 227 KiB of shared memory for the operands, and 128 registers a thread for the sums."""
+    for tokens, gated, grouped, inter in itertools.product((1, 8, 16, 33, 64, 128, 999), (0, 1), (0, 1), (176, 2048)):
+        if grouped and tokens == 999:
+            continue
+        N, m_tiles = inter * (1 if gated else 3), 200 if grouped else cdiv(tokens, 64)
+        tiles = choose_tiles(tokens, m_tiles, N, 32, bool(gated), format == "wide", bool(grouped))
+        row_of_x, row_of_w = 256 if format == "w8a16" else 128, 128  # bytes that a step along K takes
+        stage = tiles.block_m * row_of_x + (1 + gated) * tiles.block_n * row_of_w
+        assert stage * tiles.stages <= 227 << 10, (tokens, gated, grouped, tiles)
+        assert (1 + gated) * tiles.block_m * tiles.block_n <= 128 * 32 * tiles.warps, (tokens, gated, grouped, tiles)
+
+
+def test_a_gpu_without_e4m3_dequantises_by_the_reference(monkeypatch):
+    """Triton has no such type for an A100, and an A100 runs FP8 checkpoints too."""
+    monkeypatch.setattr(kernel, "on_gpu", lambda x: True)
+    monkeypatch.setattr(kernel, "has_e4m3", lambda device: False)
+    w = random(200, 300)
+    y, scale = weight_quant(w)
+    assert torch.equal(weight_dequant(y, scale), weight_dequant_ref(*weight_quant_ref(w)))
 
 
 @needs_interpreter

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import parallel
-from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, share_memory
+from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, leave_ranks, share_memory
 
 TOKENS = (1, 2, 3, 7, 8, 9, 64, 65, 511, 512, 1170, 1171, 4096)
 DIM = 7168
@@ -85,6 +85,7 @@ def rank_main() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("jobs")
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_sums_on_gpus(n):
     if torch.cuda.device_count() < n:
@@ -183,3 +184,4 @@ def test_when_it_is_not_used(monkeypatch, world_size, local, peers, refuse, othe
 
 if __name__ == "__main__":
     rank_main()
+    leave_ranks()
