@@ -15,7 +15,7 @@ chat: $(VENV)/.ready
 	@$(BIN)/python inference/generate.py --ckpt-path tiny/checkpoint --interactive
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from engine import Request
 from errors import InputError, is_first
 from llm import LLM, check_ids, completion
 from sampling import SamplingParams
-from text import check_messages, encode_chat, encode_prompt, load_tokenizer
+from text import check_messages, encode, load_tokenizer
 
 Item = dict[str, Any]  # {"prompt": text} or {"messages": [..]}; a result has its index and what was generated besides
 
@@ -27,10 +27,17 @@ Item = dict[str, Any]  # {"prompt": text} or {"messages": [..]}; a result has it
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[tuple[int, Any]]:
-    """(line number, object) of each line of a .jsonl file that is not empty. Raises InputError naming a bad line."""
-    found = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would cut at U+2028 and others
+def read_text(path: Path) -> list[str]:
+    """The file's lines."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 and others
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text: {error}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what it holds) of each line of a .jsonl file, empty ones left out; InputError for a bad one."""
+    for number, line in enumerate(read_text(path), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
@@ -41,29 +48,18 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
             raise InputError(f"{where}: half of a surrogate pair, which is no character") from None
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{where}: not JSON: {error}") from None
-        if not isinstance(item, dict):
+        if not isinstance(item, dict) or len({"prompt", "messages"} & item.keys()) != 1:
             raise InputError(f'{where}: wanted an object with either "prompt" or "messages"')
-        found.append((number, item))
-    return found
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text: {error}") from None
+        yield where, item
 
 
 def read_prompts(path: str) -> list[Item]:
     """[{"prompt": text}] or [{"messages": [..]}] from a text file, a prompt a line, or from .jsonl."""
+    prompts: list[Item] = []
     if not path.endswith(".jsonl"):
-        prompts = [{"prompt": line} for line in read_text(Path(path)).split("\n") if line.strip()]
+        prompts += [{"prompt": line} for line in read_text(Path(path)) if line.strip()]
     else:
-        prompts = []
-        for number, item in read_lines(Path(path)):
-            where = f"{path} line {number}"
-            if len({"prompt", "messages"} & item.keys()) != 1:
-                raise InputError(f'{where}: wanted an object with either "prompt" or "messages"')
+        for where, item in read_lines(Path(path)):
             if "messages" in item:
                 prompts.append({"messages": check_messages(item["messages"], where)})
             elif isinstance(item["prompt"], str) and item["prompt"]:
@@ -73,13 +69,6 @@ def read_prompts(path: str) -> list[Item]:
     if not prompts:
         raise InputError(f"--input-file {path}: no prompts in it")
     return prompts
-
-
-def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
-    """The conversation, with --system in front unless it brings its own."""
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -105,23 +94,19 @@ class Results:
         self.partial = Path(f"{path}.incomplete")
         if not resume:
             self.partial.unlink(missing_ok=True)
-        else:
-            for source in (self.path, self.partial):
-                if source.exists():
-                    self._read(source, prompts)
+        for source in (self.path, self.partial):
+            if resume and source.exists():
+                self._read(source, prompts)
 
     def _read(self, path: Path, prompts: list[Item]) -> None:
         if path == self.partial:  # a killed job leaves its last line torn, maybe amid a character
             lines = path.read_bytes()
             path.write_bytes(lines[: lines.rfind(b"\n") + 1])
-        for number, item in read_lines(path):
+        for where, item in read_lines(path):
             index = item.get("index")
-            if (
-                type(index) is not int
-                or not 0 <= index < len(prompts)
-                or any(item.get(key) != value for key, value in prompts[index].items())
-            ):
-                raise InputError(f"--resume: {path} line {number} is no result of this input file")
+            known = type(index) is int and 0 <= index < len(prompts)
+            if not known or not item.items() >= prompts[index].items():
+                raise InputError(f"--resume: {where} is no result of this input file")
             self.done[index] = item
 
     def add(self, index: int, item: Item) -> None:
@@ -131,27 +116,20 @@ class Results:
 
     def finish(self) -> None:
         """Put the results in order and in their place."""
-        if self.path is None:
-            return
-        ordered = Path(f"{self.partial}.sorted")
-        self._write(ordered, [self.done[i] for i in sorted(self.done)], "w")
-        try:
-            os.replace(ordered, self.path)
-        except OSError as error:
-            raise self._failed(error) from None
-        self.partial.unlink(missing_ok=True)
+        if self.path is not None:
+            ordered = Path(f"{self.partial}.sorted")
+            self._write(ordered, [self.done[i] for i in sorted(self.done)], "w", rename=self.path)
+            self.partial.unlink(missing_ok=True)
 
-    def _write(self, path: Path, items: list[Item], mode: str) -> None:
+    def _write(self, path: Path, items: list[Item], mode: str, rename: Path | None = None) -> None:
         try:
             with open(path, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            if rename:
+                os.replace(path, rename)
         except OSError as error:
-            raise self._failed(error) from None
-
-    def _failed(self, error: OSError) -> InputError:
-        return InputError(
-            f"--output-file {self.path}: {error.strerror}; what is finished is in {self.partial}, and --resume goes on"
-        )
+            kept = f"what is finished is in {self.partial}, and --resume goes on"
+            raise InputError(f"--output-file {self.path}: {error.strerror}; {kept}") from None
 
 
 def result(index: int, prompt: Item, request: Request) -> Item:
@@ -173,26 +151,17 @@ def result(index: int, prompt: Item, request: Request) -> Item:
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 
-def batch(
-    args: Namespace,
-    params: SamplingParams,
-    load: Callable[..., LLM],
-    status: Callable[..., str],
-) -> None:
+def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], status: Callable[..., str]) -> None:
     """
     Complete every prompt of --input-file, print each result as it is finished and write all to --output-file. Ctrl-C
     writes what is finished, and ends in KeyboardInterrupt.
     """
     prompts = read_prompts(args.input_file)
-    results = Results(args.output_file if is_first() else None, prompts, args.resume)
+    first = is_first()
+    results = Results(args.output_file if first else None, prompts, args.resume)
     model_args = Checkpoint(args.ckpt_path, args.config).args
     tokenizer = load_tokenizer(args.ckpt_path)
-    ids = [
-        encode_prompt(tokenizer, item["prompt"], args.system)
-        if "prompt" in item
-        else encode_chat(tokenizer, with_system(item["messages"], args.system))
-        for item in prompts
-    ]
+    ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in prompts]
     max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
     rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
     for number, prompt in enumerate(ids, 1):
@@ -200,7 +169,6 @@ def batch(
     llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
     done = llm.parallel.broadcast_object(set(results.done))  # one answer for all ranks
     requests = [Request(prompt, params, index) for index, prompt in enumerate(ids) if index not in done]
-    first = llm.parallel.rank == 0
 
     signals: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
@@ -212,17 +180,13 @@ def batch(
                     bar.update()
                     if first:
                         item = result(request.index, prompts[request.index], request)
-                        bar.write(show(item))
+                        asked = item.get("prompt") or item["messages"][-1]["content"]
+                        bar.write(f"Prompt: {asked}\nCompletion: {item['completion']}\n")
                         results.add(request.index, item)
     finally:
         signal.signal(signal.SIGINT, previous)
     if first:
         results.finish()
-        print(status(llm.stats, requests, time.perf_counter() - start), file=sys.stderr)
+        print(f"[{status(llm.stats, requests, time.perf_counter() - start)}]", file=sys.stderr)
     if any(request.finish_reason == "interrupted" for request in requests):
         raise KeyboardInterrupt(f"{len(results.done)} of {len(prompts)} prompts are finished; --resume goes on")
-
-
-def show(item: Item) -> str:
-    prompt = item.get("prompt") or item["messages"][-1]["content"]
-    return f"Prompt: {prompt}\nCompletion: {item['completion']}\n"

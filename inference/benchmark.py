@@ -34,21 +34,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmark_kernels import PEERS, captured, figure, run_kernels, time_of
 from checkpoint import Checkpoint, check_split, load_model
 from config import ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
 from errors import InputError, is_first, positive, run_command
-from floor import decode_bytes, floor_seconds, prefill_flops
 from fused import argmax
-from llm import check_memory, weights_in_memory
+from llm import allocate, weights_in_memory
 from model import Gate, Transformer
-from parallel import Parallel, choose_device, join_ranks
-from plan import PREFILL_CHUNK, memory, table
+from parallel import Parallel, choose_device, join_ranks, leave_ranks
+from plan import PREFILL_CHUNK, decode_bytes, experts_hit, floor_seconds, prefill_flops, table
 from sampling import ACCEPT, Sampling, SamplingParams, uniform, verify
-from timing import captured, time_of
 
-PEERS = Path(__file__).parents[1] / "benchmarks" / "peers.json"
 WARM_STEPS = 3
 
 
@@ -88,22 +86,12 @@ def build(options: argparse.Namespace) -> Bench:
     parallel, device = join_ranks(choose_device(options.device), options.expert_parallel)
     check_split(args, parallel.world_size, parallel.expert_parallel)
     start = time.perf_counter()
-    in_memory = weights_in_memory(args, options.gemm, device)
-    in_memory = replace(in_memory, n_mtp_layers=min(args.n_mtp_layers, options.mtp))
-    needs = memory(
-        in_memory,
-        parallel.world_size,
-        parallel.expert_parallel,
-        max_batch_size=max([*options.batch_size, *(rows for rows, _ in options.prefill)]),
-        max_seq_len=2,
-        chunk=options.prefill_chunk,
-    )
-    check_memory(needs.weights, needs.cache, needs.workspace, device)
-    with torch.device("meta"):
-        model = Transformer(in_memory, parallel)
-    model = model.to_empty(device=device).eval()
+    in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))
+    rows = max([*options.batch_size, *(rows for rows, _ in options.prefill)])
+    sizes = {"max_batch_size": rows, "max_seq_len": 2, "chunk": options.prefill_chunk}
+    model, needs = allocate(in_memory, parallel, device, **sizes)
     if options.dummy_weights:
-        fill_dummy(model, in_memory, parallel)
+        fill_dummy(model)
     else:
         load_model(model, checkpoint, parallel)
     bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)
@@ -117,22 +105,20 @@ def prompts(bench: Bench, rows: int, length: int, seed: int = 0) -> list[list[in
     return torch.randint(bench.args.vocab_size, (rows, length), generator=generator).tolist()
 
 
+def requests(bench: Bench, rows: int, length: int, max_tokens: int) -> list[Request]:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    return [Request(prompt, params, i) for i, prompt in enumerate(prompts(bench, rows, length))]
+
+
 def make_engine(bench: Bench, rows: int, length: int) -> Engine:
     """An engine for so many rows of at most so many tokens, prompt and completion."""
-    max_seq_len = bench.options.max_seq_len or length
+    options = bench.options
+    max_seq_len = options.max_seq_len or length
     if max_seq_len < length:
         raise InputError(f"--max-seq-len {max_seq_len}: the cases need {length}")
-    options = bench.options
     rule = verify if options.accept_rate is None else accepting(options.accept_rate)
-    return Engine(
-        bench.model,
-        rows,
-        max_seq_len,
-        n_drafts=options.mtp,
-        prefill_chunk=options.prefill_chunk,
-        cuda_graph=options.cuda_graph,
-        verify=rule,
-    )
+    settings = {"prefill_chunk": options.prefill_chunk, "cuda_graph": options.cuda_graph, "verify": rule}
+    return Engine(bench.model, rows, max_seq_len, n_drafts=options.mtp, **settings)
 
 
 def accepting(rate: float) -> Callable:
@@ -187,11 +173,9 @@ def expert_loads(model: Transformer, run: Callable[[], Any]) -> list[torch.Tenso
         loads.append(outputs[1].flatten().bincount(minlength=E)[:E])  # shared experts may follow the routed ones
 
     hooks = [module.register_forward_hook(seen) for module in model.modules() if isinstance(module, Gate)]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run()
+    for hook in hooks:
+        hook.remove()
     return loads
 
 
@@ -206,8 +190,7 @@ def start_up(bench: Bench, engine: Engine, rows: int, length: int) -> None:
         bench.synchronize()
         start = time.perf_counter()
         first = 0.0
-        params = SamplingParams(temperature=0, max_tokens=3 * (1 + bench.options.mtp))
-        for _ in engine.run([Request(prompt, params, i) for i, prompt in enumerate(prompts(bench, rows, length))]):
+        for _ in engine.run(requests(bench, rows, length, 3 * (1 + bench.options.mtp))):
             first = first or time.perf_counter() - start
         return first, time.perf_counter() - start - first
 
@@ -220,11 +203,10 @@ def start_up(bench: Bench, engine: Engine, rows: int, length: int) -> None:
 def engine_decode(bench: Bench, engine: Engine, rows: int, length: int) -> tuple[float, float, float]:
     """Seconds a step, tokens a second and tokens a step and row of the decoding loop, prompts of `length` tokens."""
     steps = bench.options.steps
-    params = SamplingParams(temperature=0, max_tokens=(WARM_STEPS + steps + 2) * (1 + bench.options.mtp))
-    requests = [Request(prompt, params, i) for i, prompt in enumerate(prompts(bench, rows, length))]
+    max_tokens = (WARM_STEPS + steps + 2) * (1 + bench.options.mtp)
     end = engine.stats.row_steps + (WARM_STEPS + steps) * rows
     begun: tuple[float, int] | None = None
-    with closing(engine.run(requests)) as news:
+    with closing(engine.run(requests(bench, rows, length, max_tokens))) as news:
         for _ in news:
             stats = engine.stats
             if begun is None and stats.row_steps == end - steps * rows:
@@ -233,13 +215,6 @@ def engine_decode(bench: Bench, engine: Engine, rows: int, length: int) -> tuple
                 seconds, tokens = time.perf_counter() - begun[0], stats.row_tokens - begun[1]
                 return seconds / steps, tokens / seconds, tokens / (steps * rows)
     raise AssertionError("the requests ended before the steps did")
-
-
-def engine_prefill(bench: Bench, engine: Engine, rows: int, length: int) -> None:
-    """First tokens of `rows` prompts."""
-    params = SamplingParams(temperature=0, max_tokens=1)
-    for _ in engine.run([Request(prompt, params, i) for i, prompt in enumerate(prompts(bench, rows, length))]):
-        pass
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------
@@ -253,9 +228,9 @@ class Result:
     ms: float
     engine_ms: float
     tokens_per_s: float
-    floor_ms: float | None
-    over_floor: float | None
-    peak_gb: float | None
+    floor_ms: float | None = None
+    over_floor: float | None = None
+    peak_gb: float | None = None
     tflops: float | None = None
     tokens_per_step: float | None = None
     experts_hit: float | None = None  # share of a layer's experts that a step needs, drawn by the router
@@ -268,15 +243,16 @@ class Result:
 def result(bench: Bench, case: str, seconds: float, floor: float, **more: Any) -> Result:
     """With the floor and the peers' figures where they are known: on a GPU, by peers.json."""
     if not bench.on_gpu:
-        return Result(case, seconds * 1e3, floor_ms=None, over_floor=None, peak_gb=None, **more)
-    peak = torch.cuda.max_memory_allocated() / 1e9
+        return Result(case, seconds * 1e3, **more)
+    more |= {"floor_ms": floor * 1e3, "over_floor": seconds / floor}
+    more["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
     key = {"config": (bench.options.config or bench.options.ckpt_path).stem, "n_layers": bench.args.n_layers}
     key |= {"gpus": bench.parallel.world_size, "case": case}
     rows = [] if bench.options.mtp else json.loads(PEERS.read_text())["end_to_end"]
     peer = next((row for row in rows if row.items() >= key.items()), {})
     more |= {name: value for name, value in peer.items() if name.endswith("_ms")}
-    return Result(case, seconds * 1e3, floor_ms=floor * 1e3, over_floor=seconds / floor, peak_gb=peak, **more)
+    return Result(case, seconds * 1e3, **more)
 
 
 def run_decode(bench: Bench, engine: Engine, rows: int, length: int) -> Result:
@@ -291,17 +267,12 @@ def run_decode(bench: Bench, engine: Engine, rows: int, length: int) -> Result:
     step_seconds, tokens_per_s, tokens_per_step = engine_decode(bench, engine, rows, length)
     hit = statistics.mean((load > 0).float().mean().item() for load in loads) if loads else None
     floor = floor_seconds(decode_bytes(bench.args, bench.parallel, rows, length, drafts, hit))
-    return result(
-        bench,
-        case,
-        seconds,
-        floor,
-        engine_ms=step_seconds * 1e3,
-        tokens_per_s=tokens_per_s,
-        tokens_per_step=tokens_per_step if drafts else None,
-        experts_hit=hit,
-        max_over_mean=statistics.mean((load.max() / load.mean()).item() for load in loads) if loads else None,
-    )
+    more = {"engine_ms": step_seconds * 1e3, "tokens_per_s": tokens_per_s, "experts_hit": hit}
+    if drafts:
+        more["tokens_per_step"] = tokens_per_step
+    if loads:
+        more["max_over_mean"] = statistics.mean((load.max() / load.mean()).item() for load in loads)
+    return result(bench, case, seconds, floor, **more)
 
 
 def run_prefill(bench: Bench, rows: int, length: int) -> Result:
@@ -309,14 +280,16 @@ def run_prefill(bench: Bench, rows: int, length: int) -> Result:
     engine = make_engine(bench, rows, length + 1)
 
     def run() -> None:
-        engine_prefill(bench, engine, rows, length)
+        for _ in engine.run(requests(bench, rows, length, 1)):
+            pass
 
     run()
     seconds = time_of(run, 1, bench.on_gpu)
     if bench.options.profile:
         bench.options.traces.append(trace(bench, case, run, 1))
     flops = prefill_flops(bench.args, bench.parallel.world_size, rows, length)
-    floor = floor_seconds(decode_bytes(bench.args, bench.parallel, rows, length, 0), *flops)
+    hit = experts_hit(bench.args, rows * length)
+    floor = floor_seconds(decode_bytes(bench.args, bench.parallel, rows, length, 0, hit), *flops)
     more = {"tokens_per_s": rows * length / seconds, "tflops": sum(flops) / seconds / 1e12}
     return result(bench, case, seconds, floor, engine_ms=seconds * 1e3, **more)
 
@@ -351,17 +324,12 @@ def trace(bench: Bench, case: str, run: Callable[[], Any], steps: int) -> str:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}g}" if value < 1000 else f"{value:,.0f}"
-
-
 def report(results: list[Result]) -> str:
     """A row a case; columns in which nothing is known are left out."""
-    names = [field.name for field in fields(Result)]
-    rows = [("", *(name.replace("_per_", "/").replace("_", " ") for name in names[1:]))]
-    rows += [(r.case, *(figure(getattr(r, name)) for name in names[1:])) for r in results]
-    kept = [i for i, (_, *values) in enumerate(zip(*rows, strict=True)) if any(values)]
-    return table([tuple(row[i] for i in kept) for row in rows])
+    names = [field.name for field in fields(Result)[1:]]
+    names = [name for name in names if any(getattr(r, name) is not None for r in results)]
+    rows = [("", *(name.replace("_per_", "/").replace("_", " ") for name in names))]
+    return table(rows + [(r.case, *(figure(getattr(r, name)) for name in names)) for r in results])
 
 
 def batch_of_prompts(text: str) -> tuple[int, int]:
@@ -399,6 +367,8 @@ def parse_arguments() -> argparse.Namespace:
     options.traces = []
     if options.config and not options.dummy_weights:
         raise InputError("--config names no weights: add --dummy-weights, or give --ckpt-path")
+    if not options.batch_size and not options.prefill:
+        raise InputError("--batch-size and --prefill name no case: there is nothing to time")
     if options.n_layers and not options.dummy_weights:
         raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
     if not 0 <= options.mtp <= 16:
@@ -411,22 +381,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.kernels:
-        from benchmark_kernels import run_kernels
-
         run_kernels(options)
         return
     bench = build(options)
-    results = []
-    engine = None
-    for length in options.prompt_len:
-        if options.batch_size:
-            room = (WARM_STEPS + options.steps + 4) * (1 + options.mtp)
-            engine = None  # its cache goes before the next one's comes
-            engine = make_engine(bench, max(options.batch_size), length + room)
-            if not results:
-                start_up(bench, engine, options.batch_size[0], length)
-        for rows in options.batch_size:
-            results.append(run_decode(bench, engine, rows, length))
+    results, engine = [], None
+    for length in options.prompt_len if options.batch_size else []:
+        room = (WARM_STEPS + options.steps + 4) * (1 + options.mtp)
+        engine = None  # its cache goes before the next one's comes
+        engine = make_engine(bench, max(options.batch_size), length + room)
+        if not results:
+            start_up(bench, engine, options.batch_size[0], length)
+        results += [run_decode(bench, engine, rows, length) for rows in options.batch_size]
     engine = None
     results += [run_prefill(bench, rows, length) for rows, length in options.prefill]
     if not is_first():
@@ -434,17 +399,17 @@ def main() -> None:
     device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
     gb, startup = bench.weight_bytes / 1e9, bench.startup
     startup["weights_gb_per_s"] = gb / startup["weights"]
-    print(f"{options.config or options.ckpt_path}: {bench.args.n_layers} layers, {bench.args.dtype}, ", end="")
-    print(f"{bench.parallel.world_size} x {device}, torch {torch.__version__}, drafts {options.mtp}")
+    about = {"config": str(options.config or options.ckpt_path), "command": sys.argv[1:], "device": device}
+    about |= {"n_layers": bench.args.n_layers, "dtype": bench.args.dtype, "gpus": bench.parallel.world_size}
+    about |= {"torch": torch.__version__, "mtp": options.mtp, "startup": startup, "weights_gb": gb}
+    print("{config}: {n_layers} layers, {dtype}, {gpus} x {device}, torch {torch}, drafts {mtp}".format(**about))
     print(f"{bench.parallel.sums}\n" if bench.parallel.sums else "")
     print(report(results))
     print(f"\nstart-up: {', '.join(f'{name} {figure(value)}' for name, value in startup.items())} (s)")
     print(f"weights: {gb:.3f} GB a rank in {startup['weights']:.2f} s")
-    about = {"config": str(options.config or options.ckpt_path), "command": sys.argv[1:], "device": device}
-    about |= {"n_layers": bench.args.n_layers, "dtype": bench.args.dtype, "gpus": bench.parallel.world_size}
-    about |= {"torch": torch.__version__, "mtp": options.mtp, "startup": startup, "weights_gb": gb}
     print(json.dumps(about | {"cases": [asdict(result) for result in results], "traces": options.traces}))
 
 
 if __name__ == "__main__":
     run_command(main)
+    leave_ranks()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,42 @@ from kernel import E4M3, act_quant, cdiv, fp8_gemm, launch_gemm
 from parallel import Parallel, choose_device, join_ranks
 from plan import table
 from routing import sort_pairs
-from timing import captured, time_of
 
 PEERS = Path(__file__).parents[1] / "benchmarks" / "peers.json"
 COLD_BYTES = 256_000_000
+REPEATS = 5  # of a timing; the median counts
 C, R = 512, 64  # the latent and the rotary key of the MLA cases
 
 Call = Callable[[], Any]
+Calls = list[Call]  # of one kernel, each with operands of its own
+
+
+def time_of(run: Call, steps: int, on_gpu: bool) -> float:
+    """Seconds of one run when `steps` follow each other: the median of REPEATS."""
+    found = []
+    for _ in range(REPEATS):
+        if on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(steps):
+                run()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3 / steps)
+        else:
+            begin = time.perf_counter()
+            for _ in range(steps):
+                run()
+            found.append((time.perf_counter() - begin) / steps)
+    return statistics.median(found)
+
+
+def captured(run: Call) -> Call:
+    """`run`, which has run before, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may ask about events meanwhile
+        run()
+    return graph.replay
 
 
 @dataclass
@@ -47,10 +77,10 @@ class Timing:
     library_us: float | None = None
 
 
-def seconds_of(calls: list[Call], on_gpu: bool, rounds: int | None = None) -> float:
+def seconds_of(calls: Calls, on_gpu: bool) -> float:
     """
-    Seconds of one call, when all of them follow each other `rounds` times over: a median. By default as many rounds as
-    take 20 ms, which ranks that wait for each other must not choose for themselves.
+    Seconds of one call, when all of them follow each other in rounds: a median. As many rounds as take 20 ms, which
+    ranks that wait for each other must not choose for themselves.
     """
 
     def run() -> None:
@@ -59,14 +89,30 @@ def seconds_of(calls: list[Call], on_gpu: bool, rounds: int | None = None) -> fl
 
     run()  # compiles
     replay = captured(run) if on_gpu else run
-    if rounds is None:
-        rounds = max(1, int(0.02 / time_of(replay, 1, on_gpu)))
+    rounds = 50 if dist.is_initialized() else max(1, int(0.02 / time_of(replay, 1, on_gpu)))
     return time_of(replay, rounds, on_gpu) / len(calls)
+
+
+def timed(
+    kernel: str, shape: str, calls: Calls, nbytes: int, flops: int, device: torch.device, library: Calls | None = None
+) -> Timing:
+    """A call moves `nbytes` and makes `flops` operations; `library`: the same calls of the vendor's."""
+    on_gpu = device.type == "cuda"
+    us = seconds_of(calls, on_gpu) * 1e6
+    library_us = seconds_of(library, on_gpu) * 1e6 if library else None
+    return Timing(kernel, shape, us, nbytes / us / 1e6, flops / us / 1e6, library_us=library_us)
 
 
 def copies(nbytes: int, cold_bytes: int) -> int:
     """How many different operands of this size it takes so that none stays in a cache."""
     return max(2, cdiv(cold_bytes, nbytes))
+
+
+def random_fp8(*shape: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [.., N, K] and their scales."""
+    *stack, N, K = shape
+    values = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 100).clamp_(-448, 448).to(E4M3)
+    return values, torch.rand(*stack, cdiv(N, 128), cdiv(K, 128), device=device) / 1000
 
 
 def gemm_operands(M: int, N: int, K: int, n: int, device: torch.device) -> tuple[Any, list[Any]]:
@@ -79,20 +125,18 @@ def gemm_operands(M: int, N: int, K: int, n: int, device: torch.device) -> tuple
 def gemm(M: int, N: int, K: int, device: torch.device, cold_bytes: int = COLD_BYTES) -> Timing:
     """y = x W^T, blocks of 128 x 128: reads N * K bytes, makes 2 * M * N * K operations."""
     (a, a_scale), weights = gemm_operands(M, N, K, copies(N * K, cold_bytes), device)
-    on_gpu = device.type == "cuda"
-    us = seconds_of([lambda w=w, s=s: fp8_gemm(a, a_scale, w, s) for w, s in weights], on_gpu) * 1e6
-    library_us = None
-    if on_gpu and M > 1 and N % 128 == 0:  # what cuBLASLt takes
+    library = None
+    if device.type == "cuda" and M > 1 and N % 128 == 0:  # what cuBLASLt takes
         column_major = a_scale.t().contiguous().t()
         one, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
 
-        def library(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        def scaled_mm(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
             return F.scaled_mm(a, w.t(), column_major, one, s.t(), block, output_dtype=torch.bfloat16)
 
-        library_us = seconds_of([lambda w=w, s=s: library(w, s) for w, s in weights], on_gpu) * 1e6
+        library = [lambda w=w, s=s: scaled_mm(w, s) for w, s in weights]
+    calls = [lambda w=w, s=s: fp8_gemm(a, a_scale, w, s) for w, s in weights]
     nbytes = N * K + M * K + 2 * M * N
-    shape = f"{N} x {K}, M {M}"
-    return Timing("fp8_gemm", shape, us, nbytes / us / 1e6, 2 * M * N * K / us / 1e6, library_us=library_us)
+    return timed("fp8_gemm", f"{N} x {K}, M {M}", calls, nbytes, 2 * M * N * K, device, library)
 
 
 def mla(heads: int, rows: int, length: int, queries: int, device: torch.device, cold_bytes: int = COLD_BYTES) -> Timing:
@@ -104,32 +148,22 @@ def mla(heads: int, rows: int, length: int, queries: int, device: torch.device, 
     which = torch.arange(rows, device=device)
     positions = torch.arange(length - queries, length, device=device).expand(rows, -1).contiguous()
     calls = [lambda c=c: latent_attention(q, c, which, positions, length, (128 + R) ** -0.5, C) for c in caches]
-    us = seconds_of(calls, device.type == "cuda") * 1e6
     flops = 2 * rows * queries * heads * length * (2 * C + R)
     shape = f"{heads} heads, {rows} x {length}, {queries} queries"
-    return Timing("latent_attention", shape, us, nbytes / us / 1e6, flops / us / 1e6)
-
-
-def random_fp8(*shape: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [.., N, K] and their scales."""
-    *stack, N, K = shape
-    values = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 100).clamp_(-448, 448).to(E4M3)
-    return values, torch.rand(*stack, cdiv(N, 128), cdiv(K, 128), device=device) / 1000
+    return timed("latent_attention", shape, calls, nbytes, flops, device)
 
 
 def grouped_gemm(E: int, rows: int, N: int, K: int, device: torch.device) -> Timing:
     """E products at once, each of `rows` tokens, which lie side by side."""
     x, x_scale = act_quant(torch.randn(E * rows, K, dtype=torch.bfloat16, device=device))
     weights = [random_fp8(E, N, K, device=device) for _ in range(copies(E * N * K, COLD_BYTES))]
-    block = pair_block(E * rows, E, True, device)
+    block = pair_block(x, E * rows, E, True)
     routing = sort_pairs(torch.arange(E, device=device).repeat_interleave(rows)[:, None], 0, E, block)
     y = torch.empty(E * rows, N, dtype=torch.bfloat16, device=device)
     grouped = {"routing": routing, "top_k": 1, "block": block, "gathered": True}
-    us = seconds_of([lambda w=w, s=s: launch_gemm(x, x_scale, w, s, y, **grouped) for w, s in weights], True) * 1e6
-    nbytes = E * N * K + x.nbytes + y.nbytes
-    return Timing(
-        "grouped_gemm", f"{E} x {N} x {K}, {rows} rows each", us, nbytes / us / 1e6, 2 * E * rows * N * K / us / 1e6
-    )
+    calls = [lambda w=w, s=s: launch_gemm(x, x_scale, w, s, y, **grouped) for w, s in weights]
+    shape = f"{E} x {N} x {K}, {rows} rows each"
+    return timed("grouped_gemm", shape, calls, E * N * K + x.nbytes + y.nbytes, 2 * E * rows * N * K, device)
 
 
 def moe(tokens: int, E: int, top_k: int, inter: int, D: int, device: torch.device) -> Timing:
@@ -140,61 +174,54 @@ def moe(tokens: int, E: int, top_k: int, inter: int, D: int, device: torch.devic
     chosen = torch.rand(tokens, E, device=device).topk(top_k).indices
     chosen = torch.cat([chosen, torch.full((tokens, 1), E, device=device)], dim=1)
     pairs, hit = chosen.numel(), chosen.unique().numel()
-    block = pair_block(pairs, E + 1, True, device)
+    block = pair_block(x, pairs, E + 1, True)
     routing = sort_pairs(chosen, 0, E + 1, block)
     share = torch.rand(tokens, top_k + 1, device=device)
     n = copies(hit * 3 * inter * D, COLD_BYTES)
     weights = [(random_fp8(E + 1, 2, inter, D, device=device), random_fp8(E + 1, D, inter, device=device))]
     weights += [tuple((w.clone(), s.clone()) for w, s in weights[0]) for _ in range(n - 1)]
     calls = [lambda w13=w13, w2=w2: experts(x, w13, w2, None, share, routing, block) for w13, w2 in weights]
-    us = seconds_of(calls, True) * 1e6
     shape = f"{tokens} tokens, {top_k} + 1 of {E} + 1 experts, {inter} x {D}"
-    return Timing("experts", shape, us, hit * 3 * inter * D / us / 1e6, 6 * pairs * inter * D / us / 1e6)
+    return timed("experts", shape, calls, hit * 3 * inter * D, 6 * pairs * inter * D, device)
 
 
 def all_reduce(tokens: int, dim: int, parallel: Parallel, device: torch.device) -> Timing:
     """The sum over the ranks of a hidden state per token; TB/s are of one rank's data."""
     x = torch.zeros(tokens, dim, dtype=torch.bfloat16, device=device)  # stays zero, however often it is summed
-    on_gpu = device.type == "cuda"
-    us = seconds_of([lambda: parallel.all_reduce(x)] * 20, on_gpu, rounds=50) * 1e6
-    library_us = seconds_of([lambda: dist.all_reduce(x, group=parallel.group)] * 20, on_gpu, rounds=50) * 1e6
-    return Timing("all_reduce", f"{tokens} x {dim}", us, x.nbytes / us / 1e6, 0.0, library_us=library_us)
+    ours, library = [lambda: parallel.all_reduce(x)] * 20, [lambda: dist.all_reduce(x, group=parallel.group)] * 20
+    return timed("all_reduce", f"{tokens} x {dim}", ours, x.nbytes, 0, device, library)
 
 
 def timings(parallel: Parallel, device: torch.device) -> Iterator[Timing]:
     """Each case of peers.json, with the peer's figure."""
     peers = json.loads(PEERS.read_text())
+
+    def known(kernel: str, separator: str = " x ") -> Iterator[tuple[Any, ...]]:
+        """The numbers of a shape, and the peer's us by what is left open."""
+        for shape, times in peers[kernel]["us"].items():
+            yield *map(int, shape.split(separator)), times
+
     if parallel.world_size > 1:
-        for dim, times in peers["all_reduce"]["us"].items():
+        for dim, times in known("all_reduce"):
             for tokens in (1, 8, 64, 512, 4096):
-                timing = all_reduce(tokens, int(dim), parallel, device)
-                timing.peer_us = times.get(str(tokens)) if parallel.world_size == 4 else None
-                yield timing
+                us = times.get(str(tokens)) if parallel.world_size == 4 else None
+                yield replace(all_reduce(tokens, dim, parallel, device), peer_us=us)
         return  # the rest is a matter of one GPU
-    for shape, times in peers["fp8_gemm"]["us"].items():
-        N, K = map(int, shape.split(" x "))
+    for N, K, times in known("fp8_gemm"):
         for M in (1, 8, 64, 128, 4096):
-            timing = gemm(M, N, K, device)
-            timing.peer_us = times.get(str(M))
-            yield timing
-    for shape, times in peers["grouped_gemm"]["us"].items():
-        E, N, K = map(int, shape.split(" x "))
+            yield replace(gemm(M, N, K, device), peer_us=times.get(str(M)))
+    for E, N, K, times in known("grouped_gemm"):
         for rows, us in times.items():
-            timing = grouped_gemm(E, int(rows), N, K, device)
-            timing.peer_us = us
-            yield timing
+            yield replace(grouped_gemm(E, int(rows), N, K, device), peer_us=us)
     for tokens in (1, 8, 64, 4096):  # of the 671B model, at 8 GPUs
         yield moe(tokens, 256, 8, 256, 7168, device)
-    for shape, times in peers["mla_decode"]["us"].items():
-        heads, rows, length = map(int, shape.split(", "))
+    for heads, rows, length, times in known("mla_decode", ", "):
         for queries, us in times.items():
-            timing = mla(heads, rows, length, int(queries), device)
-            timing.peer_us = us
-            yield timing
+            yield replace(mla(heads, rows, length, int(queries), device), peer_us=us)
 
 
-def figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+def figure(value: float | None, style: str = ".3g") -> str:
+    return "" if value is None else f"{value:{style}}" if value < 1000 else f"{value:,.0f}"
 
 
 @torch.inference_mode()
@@ -207,14 +234,13 @@ def run_kernels(options: argparse.Namespace) -> None:
         return
     rows = [("", "us", "TB/s", "TFLOPS", "peer us", "x peer", "library us")]
     for t in found:
+        us, tflops, peer_us, library_us = (figure(v, ".1f") for v in (t.us, t.tflops, t.peer_us, t.library_us))
         ratio = "" if t.peer_us is None else f"{t.us / t.peer_us:.2f}"
-        name = f"{t.kernel} {t.shape}"
-        rows.append((name, figure(t.us), f"{t.tb_per_s:.2f}", figure(t.tflops), figure(t.peer_us), ratio))
-        rows[-1] += (figure(t.library_us),)
+        rows.append((f"{t.kernel} {t.shape}", us, f"{t.tb_per_s:.2f}", tflops, peer_us, ratio, library_us))
     ratios = [t.us / t.peer_us for t in found if t.peer_us]
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}; cold weights, in a CUDA graph\n")
+    about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "gpus": parallel.world_size}
+    print(f"{about['device']}, torch {about['torch']}; cold weights, in a CUDA graph\n")
     print(table(rows))
     if ratios:
         print(f"\nus / peer's us: median {statistics.median(ratios):.2f}, worst {max(ratios):.2f}")
-    about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "gpus": parallel.world_size}
     print(json.dumps(about | {"kernels": [asdict(timing) for timing in found]}))

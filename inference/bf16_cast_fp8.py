@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from cast import SCALE, cast_folder, dequantise, open_source
 from checkpoint import tensor_specs
 from config import BLOCK_SIZE
-from conversion import Piece, Reader
+from conversion import Piece, Reader, open_hf
 from errors import InputError, run_command
+from fp8_cast_bf16 import SCALE, cast_folder, dequantise
 from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
 from parallel import choose_device
 
@@ -33,7 +33,7 @@ def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None
     Raises InputError when the source is not in BF16 or does not fit its config, before anything is written, or when a
     weight is NaN or infinite.
     """
-    checkpoint = open_source(source)
+    checkpoint = open_hf(source, "cast")
     if (dtype := checkpoint.args.dtype) != "bf16":
         raise InputError(f"{source}: {'already in FP8' if dtype == 'fp8' else 'not a BF16 checkpoint: it is ' + dtype}")
     checkpoint.check()
@@ -67,19 +67,15 @@ def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None
         "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
     } | ({"scale_fmt": scale_fmt} if scale_fmt else {})
     settings = {"command": "bf16_cast_fp8", "device": device.type, "scale_fmt": scale_fmt}
-    results = cast_folder(checkpoint, target, layouts, compute, quantization, settings, verify)
 
-    errors: dict[str, float] = {}
-    sizes: dict[str, float] = {}
-    for piece, result in results:
+    found: dict[str, list[float]] = {}  # weight -> largest error, largest value
+    for piece, result in cast_folder(checkpoint, target, layouts, compute, quantization, settings, verify):
         if result is not None:
-            errors[piece.name], sizes[piece.name] = (
-                max(new, old.get(piece.name, 0.0)) for new, old in zip(result, (errors, sizes), strict=True)
-            )
-    exact = sum(error == 0 for error in errors.values())
-    most = max((error / max(sizes[name], MIN_AMAX) for name, error in errors.items()), default=0.0)
-    loss = f"; others differ by up to {most:.2%} of their matrix's largest value" if exact < len(errors) else ""
-    print(f"{len(errors)} weights quantised; cast back to BF16, {exact} are what they were{loss}")
+            found[piece.name] = list(map(max, result, found.get(piece.name, result)))
+    exact = sum(error == 0 for error, _ in found.values())
+    most = max((error / max(size, MIN_AMAX) for error, size in found.values()), default=0.0)
+    loss = f"; others differ by up to {most:.2%} of their matrix's largest value" if exact < len(found) else ""
+    print(f"{len(found)} weights quantised; cast back to BF16, {exact} are what they were{loss}")
 
 
 def main() -> None:

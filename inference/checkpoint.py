@@ -48,7 +48,7 @@ class TensorSpec:
     in (a checkpoint may store it narrower, never wider).
 
     Ranks cut dimension `split` into equal runs of whole `unit`s: a head, a block of scales. None: every rank has all.
-    A routed expert's tensors know which `expert` of how many they belong to.
+    A routed expert's tensors know which `expert` of `n_experts` they belong to.
     """
 
     name: str
@@ -85,35 +85,26 @@ def tensor_specs(args: ModelArgs) -> Mapping[str, TensorSpec]:
     if n_layers * (experts + 1) > MAX_EXPERTS:
         raise InputError(f"config: {n_layers} layers of {experts} experts are more than any checkpoint has")
 
-    def add(
-        ours: str,
-        theirs: str,
-        *shape: int,
-        dtype: torch.dtype = wide,
-        split: int | None = None,
-        unit: int = 1,
-        expert: int | None = None,
-    ) -> None:
-        specs[ours] = TensorSpec(ours, theirs, shape, dtype, split, unit, expert, 0 if expert is None else experts)
+    def add(ours: str, theirs: str, *shape: int, dtype: torch.dtype = wide, **how: int | None) -> None:
+        specs[ours] = TensorSpec(ours, theirs, shape, dtype, n_experts=experts, **how)
 
     def norm(ours: str, theirs: str, size: int) -> None:
         add(f"{ours}.weight", f"{theirs}.weight", size)
 
-    def linear(ours: str, theirs: str, *shape: int, split: int | None = None, unit: int = 1, expert: int | None = None):
+    def linear(ours: str, theirs: str, *shape: int, unit: int = 1, **how: int | None) -> None:
         """A quantised weight, and in FP8 its scales. Slices then hold whole blocks, so that scales split alike."""
-        fp8 = args.dtype == "fp8"
-        unit = math.lcm(unit, BLOCK_SIZE) if fp8 else unit
-        dtype = E4M3 if fp8 else wide
-        add(f"{ours}.weight", f"{theirs}.weight", *shape, dtype=dtype, split=split, unit=unit, expert=expert)
-        if fp8:
-            blocks, unit = (cdiv(size, BLOCK_SIZE) for size in shape), unit // BLOCK_SIZE
-            names = f"{ours}.scale", f"{theirs}.weight_scale_inv"
-            add(*names, *blocks, dtype=torch.float32, split=split, unit=unit, expert=expert)
+        if args.dtype != "fp8":
+            add(f"{ours}.weight", f"{theirs}.weight", *shape, unit=unit, **how)
+            return
+        unit = math.lcm(unit, BLOCK_SIZE)
+        add(f"{ours}.weight", f"{theirs}.weight", *shape, dtype=E4M3, unit=unit, **how)
+        blocks, unit = (cdiv(size, BLOCK_SIZE) for size in shape), unit // BLOCK_SIZE
+        add(f"{ours}.scale", f"{theirs}.weight_scale_inv", *blocks, dtype=torch.float32, unit=unit, **how)
 
-    def mlp(ours: str, theirs: str, inter_dim: int, expert: int | None = None) -> None:
-        linear(f"{ours}.w1", f"{theirs}.gate_proj", inter_dim, dim, split=0, expert=expert)
-        linear(f"{ours}.w2", f"{theirs}.down_proj", dim, inter_dim, split=1, expert=expert)
-        linear(f"{ours}.w3", f"{theirs}.up_proj", inter_dim, dim, split=0, expert=expert)
+    def mlp(ours: str, theirs: str, inter_dim: int, **how: int) -> None:
+        linear(f"{ours}.w1", f"{theirs}.gate_proj", inter_dim, dim, split=0, **how)
+        linear(f"{ours}.w2", f"{theirs}.down_proj", dim, inter_dim, split=1, **how)
+        linear(f"{ours}.w3", f"{theirs}.up_proj", inter_dim, dim, split=0, **how)
 
     def attention(ours: str, theirs: str) -> None:
         q_head, kv_head, v_head = args.qk_head_dim, args.qk_nope_head_dim + args.v_head_dim, args.v_head_dim
@@ -223,16 +214,13 @@ def check_split(args: ModelArgs, mp: int, expert_parallel: bool) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-Wanted = dict[str, tuple[TensorSpec, tuple[int, ...]]]  # stored name -> what it is, the shape stored
-
-
 class Checkpoint:
     """
     A folder of weights, opened: headers are read and checked, data is read only when asked for.
 
     path; args: the ModelArgs in its config.json, or in `config` when given. kind: "hf" or "shards". mp and
     expert_parallel: how shards were split. tensors: what is stored, by the name it is stored under; of shards, one
-    rank's, by default 0's (see `open_rank`).
+    rank's, by default 0's (see `open_rank`). files: those opened so far, by name.
 
     Raises InputError when the folder is not a complete checkpoint, or a file in it is damaged.
     """
@@ -257,6 +245,7 @@ class Checkpoint:
         self.args = ModelArgs.load(self.path / CONFIG_FILE if config is None else config)
         self.mp = 1
         self.expert_parallel = False
+        self.files: dict[str, SafetensorsFile] = {}
         shards = {name: (int(m[1]), int(m[2])) for name in names if (m := SHARD_FILE.fullmatch(name))}
         if INDEX_FILE in names or SINGLE_FILE in names:
             if shards:
@@ -286,7 +275,8 @@ class Checkpoint:
         # Links are followed, as the Hugging Face cache consists of them; devices and pipes are not files.
         if not (self.path / name).is_file():
             raise InputError(f"{self.path / name}: no such file")
-        return SafetensorsFile(self.path / name)
+        self.files[name] = SafetensorsFile(self.path / name)
+        return self.files[name]
 
     def _indexed(self) -> dict[str, StoredTensor]:
         """The tensors of every file that the index names; the index and the files must agree."""
@@ -344,29 +334,26 @@ class Checkpoint:
         """
         if self.kind == "hf":
             check_split(self.args, world_size, expert_parallel)
-        else:
-            self._check_conversion(world_size, expert_parallel)
-            self.open_rank(rank)
-        specs = tensor_specs(self.args)
-        wanted = {}
-        for spec in specs.values():
-            shape = spec.shape if self.kind == "hf" else shard_shape(spec, self.mp, rank, expert_parallel)
-            if shape is not None:
-                wanted[self.stored_name(spec)] = spec, shape
-        if found := [*self._missing(wanted), *self._misfits(wanted), *self._unexpected(wanted)]:
-            raise problems(f"{self.path}: does not fit its config", found)
-
-    def _check_conversion(self, world_size: int, expert_parallel: bool) -> None:
-        if self.mp != world_size:
+        elif self.mp != world_size:
             raise InputError(
                 f"{self.path}: converted for {self.mp} ranks and run with {world_size}; start it with torchrun "
                 f"--nproc-per-node {self.mp} (over several nodes, their sum), or convert it again"
             )
-        if self.expert_parallel != expert_parallel:
+        elif self.expert_parallel != expert_parallel:
             how = "with" if self.expert_parallel else "without"
             raise InputError(f"{self.path}: converted {how} --expert-parallel; run it {how} that too")
+        else:
+            self.open_rank(rank)
+        wanted = {}
+        for spec in tensor_specs(self.args).values():
+            shape = spec.shape if self.kind == "hf" else shard_shape(spec, self.mp, rank, expert_parallel)
+            if shape is not None:
+                wanted[self.stored_name(spec)] = spec, shape
+        if found := list(self._problems(wanted)):
+            raise problems(f"{self.path}: does not fit its config", found)
 
-    def _missing(self, wanted: Wanted) -> Iterator[str]:
+    def _problems(self, wanted: dict[str, tuple[TensorSpec, tuple[int, ...]]]) -> Iterator[str]:
+        """Of the tensors wanted, by the name stored: what is missing, of another shape or type, or not wanted."""
         missing = {name: spec for name, (spec, _) in wanted.items() if name not in self.tensors}
         mtp = [name for name, (spec, _) in wanted.items() if spec.name.startswith("mtp.")]
         if mtp and missing.keys() >= set(mtp):
@@ -377,8 +364,6 @@ class Checkpoint:
             missing = {name: spec for name, spec in missing.items() if name not in mtp}
         for name, spec in missing.items():
             yield f"{name}{', the scale of an FP8 weight,' if spec.is_scale else ''} is missing"
-
-    def _misfits(self, wanted: Wanted) -> Iterator[str]:
         for name, (spec, shape) in wanted.items():
             if (stored := self.tensors.get(name)) is None:
                 continue
@@ -387,8 +372,6 @@ class Checkpoint:
             if stored.dtype not in spec.stored_dtypes:
                 types = " or ".join(DTYPE_NAMES[dtype] for dtype in spec.stored_dtypes)
                 yield f"{name} is {DTYPE_NAMES[stored.dtype]}, wanted {types}"
-
-    def _unexpected(self, wanted: Wanted) -> Iterator[str]:
         known = skippable(self.args) if self.kind == "hf" else {}
         for name in self.tensors:
             if name not in wanted and name not in known:

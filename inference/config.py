@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from errors import InputError
 
@@ -21,35 +21,24 @@ MODEL_TYPES = {
     "kimi_k2": "DeepseekV3ForCausalLM",
 }
 
-# HF field -> ours, where only the name differs.
-RENAMED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "inter_dim",
-    "moe_intermediate_size": "moe_inter_dim",
-    "num_hidden_layers": "n_layers",
-    "first_k_dense_replace": "n_dense_layers",
-    "num_attention_heads": "n_heads",
-    "n_routed_experts": "n_routed_experts",
-    "n_shared_experts": "n_shared_experts",
-    "num_experts_per_tok": "n_activated_experts",
-    "routed_scaling_factor": "route_scale",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "max_position_embeddings": "max_seq_len",
-}
-
-# ours -> HF field, for what is said about an HF config.
-HF_NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
-    "score_func": "scoring_func",
+# Our field -> HF's, where the names differ.
+HF_NAMES = {
+    "dim": "hidden_size",
+    "inter_dim": "intermediate_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace",
+    "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok",
+    "route_scale": "routed_scaling_factor",
     "n_expert_groups": "n_group",
     "n_limited_groups": "topk_group",
-    "norm_eps": "rms_norm_eps",
+    "score_func": "scoring_func",
     "n_mtp_layers": "num_nextn_predict_layers",
-    "rope_factor": "rope_scaling.factor",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
     "original_seq_len": "rope_scaling.original_max_position_embeddings",
+    "rope_factor": "rope_scaling.factor",
     "mscale": "rope_scaling.mscale_all_dim",
 }
 
@@ -69,16 +58,6 @@ IGNORED = set(
     unsloth_fixed use_bfloat16 use_cache use_return_dict
     """.split()
 )
-
-# HF fields with the only values this model computes. An absent field means the same.
-REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "moe_layer_freq": (1,),
-    "rope_interleave": (True, None),
-}
 
 
 @dataclass(frozen=True)
@@ -114,7 +93,7 @@ class ModelArgs:
     score_func: Literal["softmax", "sigmoid"] = "softmax"
     n_mtp_layers: int = 0
     dtype: Literal["bf16", "fp8", "fp32"] = "bf16"
-    scale_fmt: Literal["ue8m0"] | None = None
+    scale_fmt: Literal[None, "ue8m0"] = None
     activation_scheme: Literal["dynamic", "none"] = "dynamic"
     norm_eps: float = 1e-6
     max_batch_size: int = 8
@@ -138,54 +117,33 @@ class ModelArgs:
     def __post_init__(self) -> None:
         """Raises InputError naming the first field that is of the wrong type, out of range or contradicts another."""
         optional_zero = {"n_dense_layers", "q_lora_rank", "n_mtp_layers", "n_routed_experts", "n_shared_experts"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                low = 0 if field.name in optional_zero else 1
-                if type(value) is not int or not low <= value < 2**31:
-                    raise InputError(f"config: {field.name} is {value!r}, wanted an integer of at least {low}")
-            elif field.type == "float" and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
-                raise InputError(f"config: {field.name} is {value!r}, wanted a positive number")
-        for name, allowed in (
-            ("score_func", ("softmax", "sigmoid")),
-            ("dtype", ("bf16", "fp8", "fp32")),
-            ("scale_fmt", (None, "ue8m0")),
-            ("activation_scheme", ("dynamic", "none")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"config: {name} is {getattr(self, name)!r}, wanted one of {allowed}")
-        for wrong, why in (
+        for name, kind in get_type_hints(type(self)).items():
+            value, low = getattr(self, name), 0 if name in optional_zero else 1
+            if kind is int and (type(value) is not int or not low <= value < 2**31):
+                raise InputError(f"config: {name} is {value!r}, wanted an integer of at least {low}")
+            if kind is float and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
+                raise InputError(f"config: {name} is {value!r}, wanted a positive number")
+            if (allowed := get_args(kind)) and value not in allowed:
+                raise InputError(f"config: {name} is {value!r}, wanted one of {allowed}")
+        contradictions = [
             (self.n_dense_layers > self.n_layers, f"{self.n_dense_layers=} is more than {self.n_layers=}"),
             (self.qk_rope_head_dim % 2, f"{self.qk_rope_head_dim=} is odd; rotary dimensions come in pairs"),
             (self.rope_factor < 1, f"{self.rope_factor=} is less than 1"),
             (self.scale_fmt and self.dtype != "fp8", f"{self.scale_fmt=} needs dtype 'fp8', not {self.dtype!r}"),
-        ):
-            if wrong:
-                raise InputError(f"config: {why}".replace("self.", ""))
+        ]
         if self.n_dense_layers < self.n_layers or self.n_mtp_layers:
-            self._check_experts()
-
-    def _check_experts(self) -> None:
-        group_size = self.n_routed_experts // self.n_expert_groups
-        for wrong, why in (
-            (self.n_routed_experts == 0, f"{self.n_routed_experts=} but {self.n_dense_layers=} of {self.n_layers=}"),
-            (
-                self.n_routed_experts % self.n_expert_groups,
-                f"{self.n_routed_experts=} does not divide into {self.n_expert_groups=}",
-            ),
-            (
-                self.n_limited_groups > self.n_expert_groups,
-                f"{self.n_limited_groups=} is more than {self.n_expert_groups=}",
-            ),
-            (
-                self.n_activated_experts > group_size * self.n_limited_groups,
-                f"{self.n_activated_experts=} is more than {self.n_limited_groups=} hold ({group_size} experts each)",
-            ),
-            (
-                self.score_func == "sigmoid" and self.n_expert_groups > 1 and group_size < 2,
-                f"{self.n_expert_groups=} leaves one expert a group; a group's score is the sum of its two best",
-            ),
-        ):
+            E, groups, limited = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups
+            size = E // groups
+            few = f"{self.n_activated_experts=} is more than {self.n_limited_groups=} hold ({size} experts each)"
+            one = f"{self.n_expert_groups=} leaves one expert a group; a group's score is the sum of its two best"
+            contradictions += [
+                (E == 0, f"{self.n_routed_experts=} but {self.n_dense_layers=} of {self.n_layers=}"),
+                (E % groups, f"{self.n_routed_experts=} does not divide into {self.n_expert_groups=}"),
+                (limited > groups, f"{self.n_limited_groups=} is more than {self.n_expert_groups=}"),
+                (self.n_activated_experts > size * limited, few),
+                (self.score_func == "sigmoid" and groups > 1 and size < 2, one),
+            ]
+        for wrong, why in contradictions:
             if wrong:
                 raise InputError(f"config: {why}".replace("self.", ""))
 
@@ -217,16 +175,16 @@ class ModelArgs:
         architecture = _architecture(hf)
         data: dict[str, Any] = {
             "score_func": _pop(hf, "scoring_func", default=ARCHITECTURES[architecture]),
-            "q_lora_rank": _pop(hf, "q_lora_rank", default=0),
-            "n_expert_groups": _pop(hf, "n_group", default=1),
-            "n_limited_groups": _pop(hf, "topk_group", default=1),
-            "norm_eps": _pop(hf, "rms_norm_eps", default=1e-6),
             "n_mtp_layers": _pop(hf, "num_nextn_predict_layers", "num_mtp_layers", default=0),
         }
-        for theirs, ours in RENAMED.items():
-            if theirs not in hf:
-                raise InputError(f"config: no {theirs!r}; {architecture} needs it")
-            data[ours] = hf.pop(theirs)
+        for name in ("q_lora_rank", "n_expert_groups", "n_limited_groups", "norm_eps"):
+            data[name] = _pop(hf, HF_NAMES.get(name, name), default=getattr(cls, name))
+        for field in fields(cls):
+            if field.default is MISSING or field.name == "max_seq_len":
+                name = HF_NAMES.get(field.name, field.name)
+                if name not in hf:
+                    raise InputError(f"config: no {name!r}; {architecture} needs it")
+                data[field.name] = hf.pop(name)
         data |= _dtype(hf) | _rope(hf)
         _check_routing(hf, data)
         _check_values(hf, data)
@@ -294,17 +252,11 @@ def _dtype(hf: dict[str, Any]) -> dict[str, Any]:
         return {"dtype": dtypes[name]}
     if not isinstance(quantization, dict):
         raise InputError(f"config: quantization_config is {quantization!r}, wanted an object")
-    quantization = dict(quantization)
+    quantization = {"fmt": "e4m3"} | quantization  # transformers leaves `fmt` out of what it writes
     scale_fmt = quantization.pop("scale_fmt", None)
-    wanted = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
-    }
-    for key, value in wanted.items():
-        # transformers leaves `fmt` out when it writes the same format.
-        if (found := quantization.pop(key, value if key == "fmt" else None)) != value:
+    wanted = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    for key, value in (wanted | {"weight_block_size": [BLOCK_SIZE, BLOCK_SIZE]}).items():
+        if (found := quantization.pop(key, None)) != value:
             raise InputError(f"config: quantization_config.{key} is {found!r}; only {value!r} is supported")
     quantization.pop("modules_to_not_convert", None)  # the weights' own dtypes are checked when they are read
     if quantization:
@@ -314,10 +266,9 @@ def _dtype(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings as released (`rope_theta`, `rope_scaling`) or as transformers 5 writes them."""
-    released = hf.pop("rope_scaling", None)
-    rope = hf.pop("rope_parameters", None)
-    rope = rope if rope is not None else released
-    if rope is not None and not isinstance(rope, dict):
+    released, rope = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
+    rope = released if rope is None else rope
+    if not isinstance(rope, (dict, type(None))):
         raise InputError(f"config: rope_scaling is {rope!r}, wanted an object")
     rope = dict(rope or {})
     theta = {"rope_theta": hf.pop("rope_theta", None), "rope_scaling.rope_theta": rope.pop("rope_theta", None)}
@@ -334,12 +285,11 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for theirs, ours in {"factor": "rope_factor", "original_max_position_embeddings": "original_seq_len"}.items():
-        if rope.get(theirs) is None:
-            raise InputError(f"config: yarn needs rope_scaling.{theirs}")
-        data[ours] = rope.pop(theirs)
-    data |= {name: rope.pop(name) for name in ("beta_fast", "beta_slow") if rope.get(name) is not None}
+    names = {"factor": "rope_factor", "original_max_position_embeddings": "original_seq_len"}
+    if missing := [name for name in names if rope.get(name) is None]:
+        raise InputError(f"config: yarn needs rope_scaling.{missing[0]}")
+    names |= {"beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+    data = {ours: value for theirs, ours in names.items() if (value := rope.pop(theirs, None)) is not None}
     mscale, mscale_all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
     if mscale != mscale_all_dim or not mscale:
         raise InputError(
@@ -363,8 +313,15 @@ def _check_routing(hf: dict[str, Any], data: dict[str, Any]) -> None:
 
 
 def _check_values(hf: dict[str, Any], data: dict[str, Any]) -> None:
+    """Fields with the only values that this model computes. An absent field means the same."""
     nope, rope = data["qk_nope_head_dim"], data["qk_rope_head_dim"]
-    allowed = REQUIRED_VALUES | {
+    allowed = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "tie_word_embeddings": (False,),
+        "moe_layer_freq": (1,),
+        "rope_interleave": (True, None),
         "num_key_value_heads": (data["n_heads"], None),
         "head_dim": (rope, None),
         "qk_head_dim": (nope + rope if isinstance(nope, int) and isinstance(rope, int) else None, None),

@@ -42,7 +42,7 @@ from output import (
     to_json,
     write_file,
 )
-from safetensors_io import Layout, SafetensorsFile, sync_folder
+from safetensors_io import Layout, SafetensorsFile, reporting
 
 PIECE_BYTES = 1 << 20  # of a tensor as stored: larger ones leave the processor's cache between reading and writing
 ROUND_BYTES = 256 << 20  # written between two lines of the journal, at least
@@ -80,20 +80,41 @@ class Reader(threading.local):
         return values
 
 
-@dataclass(frozen=True)
+def open_hf(source: Path, verb: str) -> Checkpoint:
+    checkpoint = Checkpoint(source)
+    if checkpoint.kind != "hf":
+        raise InputError(f"{source}: already converted, for {checkpoint.mp} ranks; {verb} the Hugging Face folder")
+    return checkpoint
+
+
+def cut(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """The pieces of a tensor: whole blocks of 128 rows, as many as PIECE_BYTES hold and at least one."""
+    if not shape or not math.prod(shape):
+        raise InputError(f"{name} has shape {list(shape)}: it has no rows that could be converted")
+    block_bytes = math.prod(shape[1:]) * dtype.itemsize * BLOCK_SIZE
+    rows = max(1, PIECE_BYTES // block_bytes) * BLOCK_SIZE
+    for first in range(0, shape[0], rows):
+        yield Piece(name, first, min(first + rows, shape[0]))
+
+
+@dataclass
 class Conversion:
     """
-    source: the input folder; inputs: its files. settings: all else that decides the output.
+    checkpoint, target: the folders. settings: all else that decides the output. verb: for the progress bar.
     files: layout and metadata of each file to write. pieces: the work. The rows of a tensor come in their order; where
     the tensors come in the order of their file too, its checksum can follow the writing closely.
     targets: where a piece goes. compute: the rows that go there, and what is to be reported of the piece (JSON).
     outcomes: every tensor of the input -> "converted", "copied", or why it is skipped.
-    config: the new config.json. indexed: whether an index is written. verb: for the progress bar.
+    config: the new config.json. indexed: whether an index is written.
+
+    `results` are those of the pieces that are written; of these the first `done` are in the journal or about to be, the
+    rest is `unnoted`.
     """
 
-    source: Path
-    inputs: list[SafetensorsFile]
+    checkpoint: Checkpoint
+    target: Path
     settings: dict[str, Any]
+    verb: str
     files: dict[str, tuple[Layout, dict[str, str]]]
     pieces: list[Piece]
     targets: Callable[[Piece], list[Target]]
@@ -101,54 +122,17 @@ class Conversion:
     outcomes: dict[str, str]
     config: bytes
     indexed: bool
-    verb: str
 
-
-def cut(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """The pieces of a tensor: whole blocks of 128 rows, as many as PIECE_BYTES hold and at least one."""
-    block_bytes = math.prod(shape[1:]) * dtype.itemsize * BLOCK_SIZE
-    rows = max(1, PIECE_BYTES // block_bytes) * BLOCK_SIZE
-    for first in range(0, shape[0], rows):
-        yield Piece(name, first, min(first + rows, shape[0]))
-
-
-def convert_folder(conversion: Conversion, target: Path, verify: bool = False) -> list[Any]:
-    """
-    Write the folder, or go on with it where an interrupted run of the same conversion stopped. With `verify`, then read
-    input and output again and compare them; of a folder that is finished already do only that.
-
-    Prints what became of the input's tensors, and a summary. Returns what `compute` reported, piece by piece. Raises
-    InputError, before anything is written, when the folder cannot be this conversion's or the disk is too small.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for each worker
-    try:
-        run = Run(conversion, Path(target))
-        finished = os.path.exists(run.target / CONFIG_FILE) and not os.path.lexists(run.target / JOURNAL)
-        if not (verify and finished):
-            run.write()
-        if verify:
-            run.verify()
-        return run.results
-    finally:
-        torch.set_num_threads(threads)
-
-
-class Run:
-    """
-    One run of a conversion. `results` are those of the pieces that are written; of these the first `done` are in the
-    journal or about to be, the rest is `unnoted`.
-    """
-
-    def __init__(self, conversion: Conversion, target: Path):
-        self.conversion, self.target, self.source = conversion, target, conversion.source
-        real, real_source = Path(os.path.realpath(target)), Path(os.path.realpath(self.source))
+    def __post_init__(self):
+        self.target, self.source, self.inputs = Path(self.target), self.checkpoint.path, self.checkpoint.files.values()
+        real, real_source = Path(os.path.realpath(self.target)), Path(os.path.realpath(self.source))
         if real_source in (real, *real.parents):
-            raise InputError(f"{target}: the output would lie inside the input, {self.source}; choose another folder")
-        stored = {name for file in conversion.inputs for name in file.tensors}
-        assert stored == conversion.outcomes.keys(), "a tensor of the input is not accounted for"
-        self.files = {name: OutputFile(target / name, *what) for name, what in conversion.files.items()}
-        self.total = sum(file.size for file in self.files.values())
+            inside = f"the output would lie inside the input, {self.source}"
+            raise InputError(f"{self.target}: {inside}; choose another folder")
+        stored = {name for file in self.inputs for name in file.tensors}
+        assert stored == self.outcomes.keys(), "a tensor of the input is not accounted for"
+        self.outputs = {name: OutputFile(self.target / name, *what) for name, what in self.files.items()}
+        self.total = sum(file.size for file in self.outputs.values())
         self.results: list[Any] = []
         self.done = 0
         self.unnoted: set[OutputFile] = set()
@@ -156,11 +140,32 @@ class Run:
         self.round: Future | None = None
         self.stopped = False
 
-    def write(self) -> None:
+    def run(self, verify: bool = False) -> list[Any]:
+        """
+        Write the folder, or go on with it where an interrupted run of the same conversion stopped. With `verify`, then
+        read input and output again and compare them; of a folder that is finished already do only that.
+
+        Prints what became of the input's tensors, and a summary. Returns what `compute` reported, piece by piece.
+        Raises InputError, before anything is written, when the folder cannot be this conversion's or the disk is too
+        small.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for each worker
+        try:
+            finished = os.path.exists(self.target / CONFIG_FILE) and not os.path.lexists(self.target / JOURNAL)
+            if not (verify and finished):
+                self._write()
+            if verify:
+                self._verify()
+            return self.results
+        finally:
+            torch.set_num_threads(threads)
+
+    def _write(self) -> None:
         began = time.perf_counter()
         self._check_folder()
         with Journal(self.target, self._identity()) as self.journal, contextlib.ExitStack() as stack:
-            for file in self.files.values():
+            for file in self.outputs.values():
                 stack.callback(file.close)
             self._take_over()
             before = self._written()
@@ -175,43 +180,55 @@ class Run:
                 ) from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"the same command goes on from here, or remove {self.target}") from None
-        self._report(time.perf_counter() - began, self.total - before)
+        done = "converted", "copied"
+        skipped = {name: why for name, why in self.outcomes.items() if why not in done}
+        for name, why in skipped.items():
+            print(f"skipped {name}: {why}")
+        counts = [f"{list(self.outcomes.values()).count(word)} {word}" for word in done] + [f"{len(skipped)} skipped"]
+        print(f"{self.source}: of {len(self.outcomes)} tensors {', '.join(counts)}")
+        self._summarise("written", began, self.total - before)
 
     def _written(self) -> int:
-        return sum(file.end for file in self.files.values())
+        return sum(file.end for file in self.outputs.values())
+
+    def _bar(self, verb: str, initial: int = 0) -> tqdm:
+        return tqdm(total=self.total, initial=initial, unit="B", unit_scale=True, desc=verb, leave=False)
+
+    def _summarise(self, verb: str, began: float, nbytes: int) -> None:
+        seconds = time.perf_counter() - began
+        tensors = sum(len(layout.tensors) for layout, _ in self.files.values())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        what = f"{tensors} tensors in {len(self.files)} files, {nbytes / 1e9:.3f} GB {verb}"
+        rate = f"{nbytes / 1e9 / seconds:.2f} GB/s, peak memory {peak / 1e6:.0f} MB"
+        print(f"{self.target}: {what} in {seconds:.1f} s, {rate}")
 
     # The folder
 
     def _check_folder(self) -> None:
         """Raises InputError unless the folder is new, empty or an unfinished one, with room for what is to come."""
-        try:
+        with reporting(self.target, "cannot be made an output folder"):
             entries = os.listdir(self.target) if os.path.lexists(self.target) else []
-        except OSError as error:
-            raise InputError(f"{self.target}: cannot be made an output folder: {error.strerror}") from None
-        if entries and JOURNAL not in entries:
-            raise InputError(f"{self.target}: the output folder is not empty; choose another")
-        needed = sum(file.missing() for file in self.files.values()) + len(self.conversion.config)
-        needed += sum(path.stat().st_size for path in companions(self.source))
-        if needed > (free := free_bytes(self.target)):
-            raise InputError(f"{self.target}: {needed:,} bytes are to be written and only {free:,} are free")
-        try:
+            if entries and JOURNAL not in entries:
+                raise InputError(f"{self.target}: the output folder is not empty; choose another")
+            needed = sum(file.missing() for file in self.outputs.values()) + len(self.config)
+            needed += sum(path.stat().st_size for path in companions(self.source))
+            if needed > (free := free_bytes(self.target)):
+                raise InputError(f"{self.target}: {needed:,} bytes are to be written and only {free:,} are free")
             self.target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.target}: cannot be made an output folder: {error.strerror}") from None
 
     def _identity(self) -> dict[str, Any]:
         """What a run has in common with the one that it goes on from."""
-        stats = {file.path.name: os.stat(file.path) for file in self.conversion.inputs}
-        layout = hashlib.sha256()
-        for file in self.files.values():
-            layout.update(f"{file.path.name} {file.header_sha256}\n".encode())
-        for piece in self.conversion.pieces:
-            layout.update(f"{piece.name} {piece.first} {piece.last}\n".encode())
+        stats = {file.path.name: os.stat(file.path) for file in self.inputs}
+        plan = hashlib.sha256()
+        for name, (layout, metadata) in self.files.items():
+            plan.update(f"{name} {layout.tensors} {metadata}\n".encode())
+        for piece in self.pieces:
+            plan.update(f"{piece.name} {piece.first} {piece.last}\n".encode())
         return {
-            "settings": self.conversion.settings,
+            "settings": self.settings,
             "input": {name: [stats[name].st_size, stats[name].st_mtime_ns] for name in sorted(stats)},
-            "config": hashlib.sha256(self.conversion.config).hexdigest(),
-            "layout": layout.hexdigest(),
+            "config": hashlib.sha256(self.config).hexdigest(),
+            "layout": plan.hexdigest(),
         }
 
     def _take_over(self) -> None:
@@ -221,16 +238,14 @@ class Run:
             self.done = record["pieces"]
             self.results += record["results"]
             digests |= record["sha256"]
-        if len(self.results) != self.done or self.done > len(self.conversion.pieces) or digests.keys() - self.files:
+        if len(self.results) != self.done or self.done > len(self.pieces) or digests.keys() - self.outputs:
             raise InputError(f"{self.journal.path}: damaged; remove {self.target} and start over")
         for name, digest in digests.items():
-            self.files[name].sha256 = str(digest)
-        for piece in self.conversion.pieces[: self.done]:
-            for target in self.conversion.targets(piece):
-                self.files[target.file].settle(target)
-        for file in self.files.values():
-            if file.resume():
-                self.unnoted.add(file)
+            self.outputs[name].sha256 = str(digest)
+        for piece in self.pieces[: self.done]:
+            for target in self.targets(piece):
+                self.outputs[target.file].settle(target)
+        self.unnoted = {file for file in self.outputs.values() if file.resume()}
 
     # The weights
 
@@ -239,20 +254,15 @@ class Run:
         This thread hands out the pieces and takes note of them in their order, `workers` read, compute and write them;
         `notary` makes sure of them, round after round, with the help of `helpers`.
         """
-        bar = tqdm(total=self.total, initial=self._written(), unit="B", unit_scale=True, leave=False)
-        bar.set_description(self.conversion.verb)
-        workers, helpers, self.notary = (ThreadPoolExecutor(n) for n in (WORKERS, WORKERS, 1))
-        self.helpers = helpers
-        with bar, helpers, self.notary, workers:
+        workers, self.helpers, self.notary = (ThreadPoolExecutor(n) for n in (WORKERS, WORKERS, 1))
+        with self._bar(self.verb, self._written()) as bar, self.helpers, self.notary, workers:
             try:
-                for targets, result in in_order(workers, self._work, self._tasks()):
-                    self.results.append(result)
+                for targets in self._each(workers, self._tasks(), self._write_rows, bar):
                     for target in targets:
-                        file = self.files[target.file]
+                        file = self.outputs[target.file]
                         file.settle(target)
                         self.unnoted.add(file)
                         self.unnoted_bytes += file.nbytes(target)
-                        bar.update(file.nbytes(target))
                     if self.unnoted_bytes >= ROUND_BYTES:
                         self._start_round(wait=self.unnoted_bytes >= AHEAD_BYTES)
                 self._start_round(wait=True)
@@ -261,20 +271,29 @@ class Run:
                 self.stopped = True
                 raise
 
-    def _tasks(self) -> Iterator[tuple[Piece, list[Target]]]:
-        for piece in self.conversion.pieces[self.done :]:
-            targets = self.conversion.targets(piece)
-            for target in targets:
-                self.files[target.file].open()
-            yield piece, targets
+    def _tasks(self) -> Iterator[Piece]:
+        for piece in self.pieces[self.done :]:
+            for target in self.targets(piece):
+                self.outputs[target.file].open()
+            yield piece
 
-    def _work(self, task: tuple[Piece, list[Target]]) -> tuple[list[Target], Any]:
-        piece, targets = task
-        tensors, result = self.conversion.compute(piece)
-        for target, rows in zip(targets, tensors, strict=True):
-            assert len(rows) == target.last - target.first, target
-            self.files[target.file].writer.write(target.name, rows, target.first)
-        return targets, result
+    def _write_rows(self, target: Target, rows: torch.Tensor) -> None:
+        assert len(rows) == target.last - target.first, target
+        self.outputs[target.file].write(target.name, rows, target.first)
+
+    def _each(
+        self, workers: ThreadPoolExecutor, pieces: Iterable[Piece], use: Callable[..., Any], bar: tqdm
+    ) -> Iterator[dict[Target, Any]]:
+        """For each piece what `use` returns of every target and the rows that go there."""
+
+        def work(piece: Piece) -> tuple[dict[Target, Any], Any]:
+            rows, result = self.compute(piece)
+            return {target: use(target, r) for target, r in zip(self.targets(piece), rows, strict=True)}, result
+
+        for used, result in in_order(workers, work, pieces):
+            self.results.append(result)
+            bar.update(sum(self.outputs[target.file].nbytes(target) for target in used))
+            yield used
 
     def _start_round(self, wait: bool) -> None:
         """Have what is unnoted made sure of, when the last round is over."""
@@ -290,16 +309,15 @@ class Run:
     def _make_sure(self, ends: dict[OutputFile, int], done: int, results: list[Any]) -> None:
         """Take the files' checksums up to `ends`, sync them, and only then note so many pieces as done."""
         tasks = [self.helpers.submit(file.hash_to, end, lambda: self.stopped) for file, end in ends.items()]
-        tasks += [self.helpers.submit(file.writer.sync) for file in ends]
+        tasks += [self.helpers.submit(file.sync) for file in ends]
         for task in tasks:
             task.result()
         if self.stopped:
             return
-        whole = {file: file.digest() for file, end in ends.items() if end == file.size}
-        digests = {file.path.name: digest for file, digest in whole.items()}
+        digests = {file.path.name: file.sha256 for file in ends if file.sha256}
         self.journal.append({"pieces": done, "sha256": digests, "results": results})
-        for file, digest in whole.items():
-            file.finish(digest)
+        for name in digests:
+            self.outputs[name].finish()
 
     # The rest
 
@@ -307,85 +325,52 @@ class Run:
         """Names and contents of what goes with the weights, config.json last."""
         for path in companions(self.source):
             yield path.name, read_file(path)
-        if self.conversion.indexed:
-            weight_map = {name: file for file, (layout, _) in self.conversion.files.items() for name in layout.tensors}
-            size = sum(layout.nbytes for layout, _ in self.conversion.files.values())
+        if self.indexed:
+            weight_map = {name: file for file, (layout, _) in self.files.items() for name in layout.tensors}
+            size = sum(layout.nbytes for layout, _ in self.files.values())
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             yield INDEX_FILE, to_json(index)
-        yield CONFIG_FILE, self.conversion.config
+        yield CONFIG_FILE, self.config
 
     def _write_other_files(self) -> None:
-        sums = {name: file.sha256 for name, file in self.files.items()}
+        sums = {name: file.sha256 for name, file in self.outputs.items()}
         for name, data in self._other_files():
             sums[name] = hashlib.sha256(data).hexdigest()
             if name == CONFIG_FILE:
                 lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
                 write_file(self.target / SUMS_FILE, "".join(lines).encode())
             write_file(self.target / name, data)
-        sync_folder(self.target)
         self.journal.remove()
-
-    # Saying what was done
-
-    def _report(self, seconds: float, nbytes: int) -> None:
-        outcomes = self.conversion.outcomes
-        done = "converted", "copied"
-        skipped = {name: why for name, why in outcomes.items() if why not in done}
-        for name, why in skipped.items():
-            print(f"skipped {name}: {why}")
-        counts = [f"{list(outcomes.values()).count(word)} {word}" for word in done] + [f"{len(skipped)} skipped"]
-        print(f"{self.source}: of {len(outcomes)} tensors {', '.join(counts)}")
-        self._summarise("written", seconds, nbytes)
-
-    def _summarise(self, verb: str, seconds: float, nbytes: int) -> None:
-        tensors = sum(len(layout.tensors) for layout, _ in self.conversion.files.values())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        what = f"{tensors} tensors in {len(self.files)} files, {nbytes / 1e9:.3f} GB {verb}"
-        print(
-            f"{self.target}: {what} in {seconds:.1f} s, "
-            f"{nbytes / 1e9 / seconds:.2f} GB/s, peak memory {peak / 1e6:.0f} MB"
-        )
 
     # Comparing
 
-    def verify(self) -> None:
+    def _verify(self) -> None:
         """Raises InputError when a tensor's type, shape or values or another file are not what the input makes them."""
         began = time.perf_counter()
-        for path in [file.path for file in self.conversion.inputs] + [file.path for file in self.files.values()]:
-            drop_cache(path)
+        for file in (*self.inputs, *self.outputs.values()):
+            drop_cache(file.path)
         written = {name: SafetensorsFile(self.target / name) for name in self.files}
         found = []
-        for name, (layout, metadata) in self.conversion.files.items():
+        for name, (layout, metadata) in self.files.items():
             tensors = {key: (tensor.dtype, tensor.shape) for key, tensor in written[name].tensors.items()}
             if tensors != layout.tensors or written[name].metadata != {"format": "pt"} | metadata:
                 found.append(f"{name} has other tensors, types, shapes or metadata")
         if not found:
-            found = list(dict.fromkeys(self._different_tensors(written)))
-        for name, data in self._other_files():
-            if read_file(self.target / name) != data:
-                found.append(name)
+            found = self._different_tensors(written)
+        found += [name for name, data in self._other_files() if read_file(self.target / name) != data]
         if found:
             raise problems(f"{self.target}: not what {self.source} becomes", found)
-        self._summarise("verified", time.perf_counter() - began, self.total)
+        self._summarise("verified", began, self.total)
 
-    def _different_tensors(self, written: dict[str, SafetensorsFile]) -> Iterator[str]:
-        def compare(piece: Piece) -> tuple[list[tuple[Target, bool]], Any]:
-            tensors, result = self.conversion.compute(piece)
-            same = []
-            for target, rows in zip(self.conversion.targets(piece), tensors, strict=True):
-                found = written[target.file].read(target.name, (slice(target.first, target.last),))
-                same.append((target, same_bits(rows, found)))
-            return same, result
+    def _different_tensors(self, written: dict[str, SafetensorsFile]) -> list[str]:
+        def same(target: Target, rows: torch.Tensor) -> bool:
+            return same_bits(rows, written[target.file].read(target.name, (slice(target.first, target.last),)))
 
-        self.results = []
-        bar = tqdm(total=self.total, unit="B", unit_scale=True, desc="verifying", leave=False)
-        with bar, ThreadPoolExecutor(WORKERS) as workers:
-            for compared, result in in_order(workers, compare, self.conversion.pieces):
-                self.results.append(result)
-                for target, same in compared:
-                    bar.update(self.files[target.file].nbytes(target))
-                    if not same:
-                        yield f"{target.name} in {target.file} has other values"
+        self.results, found = [], {}  # each tensor named once
+        with self._bar("verifying") as bar, ThreadPoolExecutor(WORKERS) as workers:
+            for compared in self._each(workers, self.pieces, same, bar):
+                found |= {f"{t.name} in {t.file} has other values": None for t, equal in compared.items() if not equal}
+        return list(found)
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:

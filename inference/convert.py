@@ -32,7 +32,7 @@ from checkpoint import (
     skippable,
     tensor_specs,
 )
-from conversion import Conversion, Piece, Reader, convert_folder, cut, same_bits
+from conversion import Conversion, Piece, Reader, cut, open_hf, same_bits
 from errors import InputError, positive, run_command
 from output import Target, read_file
 from safetensors_io import Layout, StoredTensor, Tensors
@@ -53,14 +53,11 @@ def convert(
 
     Raises InputError, before anything is written, when the source does not fit its config or cannot be split so.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = open_hf(source, "convert")
     args = checkpoint.args
-    if checkpoint.kind != "hf":
-        raise InputError(f"{source}: already converted, for {checkpoint.mp} ranks; convert the Hugging Face folder")
     if n_experts is not None and n_experts != args.n_routed_experts:
         raise InputError(f"--n-experts is {n_experts} but {source} has {args.n_routed_experts}; it may be left out")
-    check_split(args, mp, expert_parallel)
-    checkpoint.check()
+    checkpoint.check(mp, expert_parallel=expert_parallel)
 
     # The order of the files to write, the widest types first; among these that of the files to read.
     stored = {spec: checkpoint.tensors[spec.hf_name] for spec in tensor_specs(args).values()}
@@ -89,21 +86,19 @@ def convert(
         rows = reader.read(piece)
         return [rows[part] for _, part in parts(piece)], None
 
-    outcomes = {spec.hf_name: outcome(spec, mp, expert_parallel) for spec in specs}
-    conversion = Conversion(
-        source=Path(source),
-        inputs=list({tensor.file.path: tensor.file for tensor in checkpoint.tensors.values()}.values()),
+    Conversion(
+        checkpoint,
+        target,
         settings={"command": "convert", "model_parallel": mp, "experts": experts},
+        verb="converting",
         files=files,
         pieces=[piece for spec in specs for piece in cut(spec.hf_name, stored[spec].dtype, spec.shape)],
         targets=lambda piece: [target for target, _ in parts(piece)],
         compute=compute,
-        outcomes=outcomes | skipped(checkpoint),
+        outcomes={spec.hf_name: outcome(spec, mp, expert_parallel) for spec in specs} | skipped(checkpoint),
         config=read_file(checkpoint.path / CONFIG_FILE),
         indexed=False,
-        verb="converting",
-    )
-    convert_folder(conversion, target, verify)
+    ).run(verify)
 
 
 def to_hf(source: Path, target: Path, verify: bool = False) -> None:
@@ -148,10 +143,11 @@ def to_hf(source: Path, target: Path, verify: bool = False) -> None:
     def compute(piece: Piece) -> tuple[list[torch.Tensor], None]:
         return [read_whole(by_name[piece.name], piece, ranks, expert_parallel)], None
 
-    conversion = Conversion(
-        source=Path(source),
-        inputs=[next(iter(tensors.values())).file for tensors in ranks],
+    Conversion(
+        checkpoint,
+        target,
         settings={"command": "convert --to-hf"},
+        verb="converting",
         files={name: (layout, {}) for name, layout in layouts.items()},
         pieces=[p for layout in layouts.values() for name, what in layout.tensors.items() for p in cut(name, *what)],
         targets=lambda piece: [Target(file_of[piece.name], *piece)],
@@ -159,9 +155,7 @@ def to_hf(source: Path, target: Path, verify: bool = False) -> None:
         outcomes={name: outcome(spec, mp, expert_parallel) for name, spec in specs.items()},
         config=read_file(checkpoint.path / CONFIG_FILE),
         indexed=len(layouts) > 1,
-        verb="converting",
-    )
-    convert_folder(conversion, target, verify)
+    ).run(verify)
 
 
 def read_whole(
@@ -175,7 +169,7 @@ def read_whole(
             part = stored.file.read(spec.name, (rows,))
             if whole is None:
                 whole = torch.empty(piece.last - piece.first, *spec.shape[1:], dtype=part.dtype)
-            elif is_whole(spec, len(ranks), expert_parallel) and not same_bits(whole, part):
+            elif part.shape == whole.shape and not same_bits(whole, part):  # a tensor that every rank has
                 raise InputError(f"{stored.file.path}: {spec.name} is not what it is in other ranks' files")
             whole[(here, *columns)] = part
     assert whole is not None, spec.name
@@ -185,9 +179,7 @@ def read_whole(
 def overlap(
     spec: TensorSpec, piece: Piece, mp: int, rank: int, expert_parallel: bool
 ) -> Iterator[tuple[slice, slice, tuple[slice, ...]]]:
-    """
-    What of a piece a rank has, if anything: the rows as the rank counts them and as the piece does, and the columns.
-    """
+    """What of a piece a rank has, if anything: rows as the rank counts them and as the piece does, and columns."""
     if (slices := shard(spec, mp, rank, expert_parallel)) is not None:
         own, *columns = slices
         first, last = max(piece.first, own.start), min(piece.last, own.stop)
@@ -196,13 +188,9 @@ def overlap(
             yield rows, here, tuple(columns)
 
 
-def is_whole(spec: TensorSpec, mp: int, expert_parallel: bool) -> bool:
-    """Whether no rank has less than all of a tensor, of those that have any of it."""
-    return mp == 1 or spec.split is None or (expert_parallel and spec.expert is not None)
-
-
 def outcome(spec: TensorSpec, mp: int, expert_parallel: bool) -> str:
-    return "copied" if is_whole(spec, mp, expert_parallel) else "converted"
+    whole = mp == 1 or spec.split is None or (expert_parallel and spec.expert is not None)  # wherever any of it is
+    return "copied" if whole else "converted"
 
 
 def skipped(checkpoint: Checkpoint) -> dict[str, str]:
@@ -211,11 +199,10 @@ def skipped(checkpoint: Checkpoint) -> dict[str, str]:
     reasons = {name: why for name, why in skippable(checkpoint.args).items() if name in tensors}
     for name in reasons.keys() & originals.keys():
         copy, original = tensors[name], tensors[originals[name]]
-        same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
-        for _, first, last in cut(name, copy.dtype, copy.shape):
-            rows = (slice(first, last),)
-            same = same and same_bits(copy.file.read(name, rows), original.file.read(originals[name], rows))
-        if not same:
+        cuts = [(slice(first, last),) for _, first, last in cut(name, original.dtype, original.shape)]
+        if (copy.dtype, copy.shape) != (original.dtype, original.shape) or not all(
+            same_bits(copy.file.read(name, rows), original.file.read(originals[name], rows)) for rows in cuts
+        ):
             reasons[name] = f"differs from {originals[name]}, which the model uses in its place"
     return reasons
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from config import ModelArgs
 from kernel import E4M3
 from model import Transformer
-from parallel import Parallel
 
 SPREAD = 100  # deviation of e4m3 values: 448, their largest, is then as rare as in a quantised normal block
 CHUNK = 1 << 26  # numbers made at a time
 
 
 @torch.no_grad()
-def fill_dummy(model: Transformer, args: ModelArgs, parallel: Parallel) -> None:
+def fill_dummy(model: Transformer) -> None:
     """
     Random weights, in place: norms 1, embedding N(0, 1), linears N(0, 1 / fan_in), so that a vector of size 1 an
     element stays one. FP8 values are N(0, SPREAD^2) with scales that differ by block. Gate biases are small.
@@ -22,10 +20,10 @@ def fill_dummy(model: Transformer, args: ModelArgs, parallel: Parallel) -> None:
     What every rank has whole (gates, above all: ranks must agree on the experts) is the same on all; slices differ.
     """
     with torch.device("meta"):
-        whole = {name: p.shape for name, p in Transformer(args).named_parameters()}
+        whole = {name: p.shape for name, p in Transformer(model.args).named_parameters()}
     generator = torch.Generator(model.embed.weight.device)
     for i, (name, p) in enumerate(model.named_parameters()):
-        generator.manual_seed(i if p.shape == whole.get(name) else i + (1 + parallel.rank) * 10**6)
+        generator.manual_seed(i if p.shape == whole.get(name) else i + (1 + model.parallel.rank) * 10**6)
         weight = model.get_parameter(name.removesuffix("scale") + "weight" if name.endswith(".scale") else name)
         fan_in = weight.shape[-1]
         if name.endswith(".scale"):

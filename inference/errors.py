@@ -13,10 +13,10 @@ class InputError(Exception):
     """What the user gave cannot be used. The message says what is wrong, where, and what would work."""
 
 
-def problems(what: str, found: Sequence[str], shown: int = 10) -> InputError:
-    """One error for all problems of a kind: the first `shown` of them and how many more there are."""
-    more = f"; and {len(found) - shown} more" if len(found) > shown else ""
-    return InputError(f"{what}: " + "; ".join(found[:shown]) + more)
+def problems(what: str, found: Sequence[str]) -> InputError:
+    """One error for all problems of a kind: the first ten of them and how many more there are."""
+    more = [f"and {len(found) - 10} more"] if len(found) > 10 else []
+    return InputError(f"{what}: {'; '.join([*found[:10], *more])}")
 
 
 def positive(text: str) -> int:

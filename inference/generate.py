@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from errors import InputError, is_first, positive, run_command
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
     from engine import Request, Stats
     from llm import LLM
     from sampling import SamplingParams
+    from terminal import Terminal
 
 
 def parse_arguments() -> Namespace:
@@ -37,7 +38,8 @@ def parse_arguments() -> Namespace:
     add("--output-file", metavar="FILE", help="write results as JSON lines, in input order (with --input-file)")
     add("--resume", action="store_true", help="keep the results that --output-file has, of an interrupted job")
     add("--logprobs", type=int, metavar="N", help="write each token's log-probability and the N likeliest tokens'")
-    add("--max-new-tokens", type=positive, default=200, metavar="N", help="tokens of a completion (default 200)")
+    longest = "tokens of a completion (default 200)"
+    add("--max-new-tokens", dest="max_tokens", type=positive, default=200, metavar="N", help=longest)
     add("--temperature", type=float, default=0.2, metavar="T", help="0 is greedy (default 0.2)")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens reaching this (default 1)")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (default 0: all)")
@@ -53,7 +55,7 @@ def parse_arguments() -> Namespace:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     gemms = ("auto", "fp8", "w8a16", "bf16")
     add("--gemm", choices=gemms, default="auto", help="arithmetic of FP8 weights (default auto)")
-    add("--no-cuda-graph", action="store_true", help="launch a step's kernels one by one")
+    add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch a step's kernels one by one")
     add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
     args = parser.parse_args()
     if args.interactive and (args.output_file or args.logprobs is not None):
@@ -70,18 +72,9 @@ def load(args: Namespace, **sizes: Any) -> LLM:
 
     from llm import LLM
 
-    llm = LLM(
-        args.ckpt_path,
-        args.config,
-        device=args.device,
-        gemm=args.gemm,
-        expert_parallel=args.expert_parallel,
-        mtp=args.mtp,
-        prefill_chunk=args.prefill_chunk,
-        cuda_graph=not args.no_cuda_graph,
-        verbose=True,
-        **sizes,
-    )
+    same = ("device", "gemm", "expert_parallel", "mtp", "prefill_chunk", "cuda_graph")
+    options = {name: getattr(args, name) for name in same}
+    llm = LLM(args.ckpt_path, args.config, verbose=True, **options, **sizes)
     if llm.model.args.dim <= SMALL_DIM:
         torch.set_num_threads(1)
     return llm
@@ -91,12 +84,12 @@ def status(stats: Stats, requests: list[Request], seconds: float) -> str:
     """One line on what was done, how fast, and how well the drafts did."""
     started = [r.first_token_seconds for r in requests if r.tokens] or [0.0]
     new = sum(len(r.tokens) for r in requests)
-    line = f"[{sum(len(r.prompt) for r in requests)} + {new} tokens, {seconds:.1f} s, first after "
+    line = f"{sum(len(r.prompt) for r in requests)} + {new} tokens, {seconds:.1f} s, first after "
     line += f"{sum(started) / len(started):.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s"
     if stats.drafted and stats.drafted[0]:
         shares = ", ".join(f"{a / max(n, 1):.0%}" for a, n in zip(stats.accepted, stats.drafted, strict=True))
         line += f", {stats.tokens_per_step:.2f} tokens a step, drafts accepted {shares}"
-    return line + "]"
+    return line
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -107,47 +100,42 @@ def chat(args: Namespace, params: SamplingParams) -> None:
     from terminal import Terminal
 
     llm = load(args, max_batch_size=args.max_batch_size or 1, max_seq_len=args.max_seq_len, keep_prefix=True)
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(opening)
+    messages = []
     with Terminal(enabled=llm.parallel.rank == 0) as terminal:
         while True:
             line = llm.parallel.broadcast_object(terminal.read_line() if llm.parallel.rank == 0 else None)
             if line is None or line == "/exit":
                 return
             if line == "/clear":
-                messages = list(opening)
+                messages = []
                 terminal.note("the conversation starts over")
             elif line.startswith("/"):
                 terminal.note(f"{line.split()[0]} is not a command; /clear starts over, /exit or Ctrl-D ends")
             elif line:
+                asked = {"role": "user", "content": line}
                 try:
-                    prompt = llm.encode([*messages, {"role": "user", "content": line}])
+                    prompt = llm.encode([*messages, asked], args.system)
                 except InputError as error:  # most often a conversation longer than the cache
                     terminal.note(f"{error} (/clear starts over)")
                     continue
-                answer = say(llm, prompt, params, terminal.write, terminal.interrupted)
-                messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+                answer = say(llm, prompt, params, terminal)
+                messages += [asked, {"role": "assistant", "content": answer}]
 
 
-def say(
-    llm: LLM, prompt: list[int], params: SamplingParams, write: Callable[[str], None], interrupted: Callable[[], bool]
-) -> str:
+def say(llm: LLM, prompt: list[int], params: SamplingParams, terminal: Terminal) -> str:
     """Stream one answer and the status line after it; returns the answer."""
     from engine import Stats
 
     n = llm.engine.n_drafts
     llm.engine.stats = Stats(drafted=[0] * n, accepted=[0] * n)
-    start, answer = time.perf_counter(), ""
-    for piece, request in llm.stream(prompt, params, interrupted):  # noqa: B007, its last state is used below
-        answer += piece
-        write(piece)
+    start = time.perf_counter()
+    for piece, request in llm.stream(prompt, params, terminal.interrupted):  # noqa: B007, its last state is used below
+        terminal.write(piece)
     seconds = time.perf_counter() - start
-    write("\n")
-    if llm.parallel.rank == 0:
-        line = status(llm.stats, [request], seconds)
-        ended = {"length": ", cut at the limit", "interrupted": ", interrupted"}.get(request.finish_reason or "", "")
-        print(line.removesuffix("]") + ended + "]", file=sys.stderr)
-    return answer
+    terminal.write("\n")
+    ended = {"length": ", cut at the limit", "interrupted": ", interrupted"}.get(request.finish_reason or "", "")
+    terminal.note(status(llm.stats, [request], seconds) + ended)
+    return request.text
 
 
 def main() -> None:
@@ -158,17 +146,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from sampling import SamplingParams
 
-    params = SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.max_new_tokens,
-        seed=args.seed,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=tuple(args.stop),
-        logprobs=args.logprobs,
-    )
+    args.stop = tuple(args.stop)
+    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     if args.interactive:
         chat(args, params)
     else:
@@ -179,3 +158,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_command(main)
+    from parallel import leave_ranks
+
+    leave_ranks()

@@ -293,8 +293,7 @@ def gemm_kernel(
     FORMAT: tl.constexpr, HALVES: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     EVEN_K: tl.constexpr,
     QUANTISE: tl.constexpr, MIN_AMAX: tl.constexpr, E4M3_MAX: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     y = x w^T for every linear of the model: a program computes a BLOCK_M x BLOCK_N tile over one of SPLIT parts of K.
@@ -319,12 +318,11 @@ def gemm_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if TOP_K == 0 and SWAP:  # the weights are known: on their way while the kernels before this one finish
-            row = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            ahead = part * per_part + tl.arange(0, AHEAD)
-            lines = tl.minimum(row, N - 1).to(tl.int64)[:, None] * K + tl.minimum(ahead * BLOCK, K - 1)[None, :]
-            prefetch(w_ptr + lines)
+            row = tl.minimum(n_tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+            lines = w_ptr + row * K + tl.minimum(part * per_part * BLOCK, K - 1)  # of the first slice
+            prefetch(lines)
             if HALVES == 2:
-                prefetch(w_ptr + lines + tl.cast(N, tl.int64) * K)
+                prefetch(lines + tl.cast(N, tl.int64) * K)
         tl.extra.cuda.gdc_wait()
     slots = tl.arange(0, BLOCK_M)
     expert = 0
@@ -411,7 +409,7 @@ def gemm_kernel(
         tl.store(counter_ptr + tile, 0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = acc
-        for i in tl.range(SPLIT, loop_unroll_factor=UNROLL):
+        for i in tl.range(SPLIT, loop_unroll_factor=4 if BLOCK_M == 16 else 1):
             others = partials + i * (HALVES * BLOCK_M * BLOCK_N) + at
             acc += tl.load(others, mask=here, other=0.0, cache_modifier=".cg")
             if HALVES == 2:
@@ -446,7 +444,6 @@ class Tiles(NamedTuple):
     swap: bool  # weights as the left operand
     tma_x: bool = False  # through descriptors, by Hopper's copy engine
     tma_w: bool = False
-    ahead: int = 1  # slices of weights prefetched before the kernels before it have finished
 
 
 def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wide: bool, grouped: bool) -> Tiles:
@@ -533,7 +530,7 @@ def launch_gemm(
         M, N, K, *((0, 0) if x_scale is None else x_scale.stride()), *((0, 0) if y_scale is None else y_scale.stride()),
         tiles.tma_x, tiles.tma_w, format, 1 + gated, top_k, gather, pair_weights is not None, K % block_k == 0,
         y_scale is not None, MIN_AMAX, E4M3_MAX, scale_fmt == UE8M0, block_k,
-        tiles.block_m, tiles.block_n, tiles.split, tiles.swap, 4 if tiles.block_m == 16 else 1, tiles.ahead,
+        tiles.block_m, tiles.block_n, tiles.split, tiles.swap,
         num_warps=tiles.warps, num_stages=tiles.stages, **pdl_options(x.device),
     )  # fmt: skip
 

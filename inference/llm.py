@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,20 +16,12 @@ from checkpoint import Checkpoint, load_model, tensor_specs
 from config import ModelArgs
 from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
+from kernel import has_e4m3
 from model import Transformer
 from parallel import Parallel, choose_device, join_ranks
-from plan import DEFAULT_MAX_SEQ_LEN, PREFILL_CHUNK, memory
+from plan import PREFILL_CHUNK, Memory, cache_length, memory
 from sampling import SamplingParams
-from text import (
-    Message,
-    StopStrings,
-    StreamDecoder,
-    check_messages,
-    encode_chat,
-    encode_prompt,
-    load_tokenizer,
-    stop_ids,
-)
+from text import Message, StopStrings, StreamDecoder, check_messages, encode, load_tokenizer, stop_ids
 
 
 @dataclass(frozen=True)
@@ -53,17 +46,28 @@ def weights_in_memory(args: ModelArgs, gemm: str, device: torch.device) -> Model
     does not. On a CPU both compute their arithmetic with the references: slow, to compare with. Raises InputError when
     FP8 is asked of a checkpoint or a GPU without.
     """
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if gemm in ("fp8", "w8a16"):
-        if args.dtype != "fp8":
+    if args.dtype != "fp8":
+        if gemm in ("fp8", "w8a16"):
             raise InputError(f"--gemm {gemm}: the checkpoint's weights are {args.dtype}")
-        if gemm == "fp8" and device.type == "cuda" and not capable:
-            raise InputError(f"--gemm fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use --gemm w8a16")
-    if args.dtype == "fp8" and (gemm == "bf16" or (gemm == "auto" and device.type == "cpu")):
+        return args
+    if gemm == "auto":
+        gemm = "bf16" if device.type == "cpu" else "fp8" if has_e4m3(device) else "w8a16"
+    if gemm == "bf16":
         return replace(args, dtype="bf16", scale_fmt=None)
-    if args.dtype == "fp8" and (gemm == "w8a16" or (gemm == "auto" and not capable)):
+    if gemm == "w8a16":
         return replace(args, activation_scheme="none")
+    if not has_e4m3(device):
+        raise InputError(f"--gemm fp8: {torch.cuda.get_device_name(device)} has no FP8 units; use --gemm w8a16")
     return args
+
+
+def allocate(args: ModelArgs, parallel: Parallel, device: torch.device, **sizes: int) -> tuple[Transformer, Memory]:
+    """A model whose weights are not filled in yet, and what it needs. Raises InputError when the GPU has less."""
+    needs = memory(args, parallel.world_size, parallel.expert_parallel, **sizes)
+    check_memory(*needs, device)
+    with torch.device("meta"):
+        model = Transformer(args, parallel)
+    return model.to_empty(device=device).eval(), needs
 
 
 class LLM:
@@ -95,9 +99,7 @@ class LLM:
         args = checkpoint.args
         self.tokenizer = load_tokenizer(path)
         self.stop_ids = stop_ids(path, self.tokenizer)
-        if max_seq_len is not None and not 2 <= max_seq_len <= args.max_seq_len:
-            raise InputError(f"--max-seq-len {max_seq_len}: wanted 2 to {args.max_seq_len}, what the config allows")
-        self.max_seq_len = max_seq_len or min(args.max_seq_len, DEFAULT_MAX_SEQ_LEN)
+        self.max_seq_len = cache_length(args, max_seq_len)
         max_batch_size = max_batch_size or args.max_batch_size
         if mtp and not args.n_mtp_layers:
             raise InputError(f"--mtp {mtp}: the checkpoint has no MTP modules")
@@ -110,17 +112,8 @@ class LLM:
         self.parallel: Parallel = parallel
         # Modules that will not draft are not loaded.
         in_memory = replace(weights_in_memory(args, gemm, torch_device), n_mtp_layers=min(args.n_mtp_layers, n_drafts))
-        needs = memory(
-            in_memory,
-            parallel.world_size,
-            parallel.expert_parallel,
-            max_batch_size=max_batch_size,
-            max_seq_len=self.max_seq_len,
-            chunk=prefill_chunk,
-        )
-        check_memory(needs.weights, needs.cache, needs.workspace, torch_device)
-        with torch.device("meta"):
-            model = Transformer(in_memory, parallel)
+        sizes = {"max_batch_size": max_batch_size, "max_seq_len": self.max_seq_len, "chunk": prefill_chunk}
+        self.model, needs = allocate(in_memory, parallel, torch_device, **sizes)
         if verbose and parallel.rank == 0:
             total = sum(math.prod(spec.shape) for spec in tensor_specs(args).values() if not spec.is_scale)
             print(
@@ -132,20 +125,11 @@ class LLM:
             )
             if parallel.sums:
                 print(parallel.sums, file=sys.stderr)
-        self.model = model.to_empty(device=torch_device).eval()
         load_model(self.model, checkpoint, parallel, progress=verbose)
         if torch_device.type == "cpu":
             self.model.head.float()  # logits are fp32, and a CPU would widen the weight at every step
-        self.engine = Engine(
-            self.model,
-            max_batch_size,
-            self.max_seq_len,
-            self.stop_ids,
-            n_drafts,
-            prefill_chunk,
-            keep_prefix,
-            cuda_graph,
-        )
+        options = prefill_chunk, keep_prefix, cuda_graph
+        self.engine = Engine(self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, *options)
         if verbose and parallel.rank == 0:
             print(f"ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
@@ -156,9 +140,9 @@ class LLM:
     def encode(self, prompt: str | Sequence[int] | list[Message], system: str | None = None) -> list[int]:
         """Token ids of a prompt, of a conversation, or as they are. Raises InputError for one that cannot be run."""
         if isinstance(prompt, str):
-            ids = encode_prompt(self.tokenizer, prompt, system)
+            ids = encode(self.tokenizer, prompt, system)
         elif prompt and isinstance(prompt[0], dict):
-            ids = encode_chat(self.tokenizer, check_messages(prompt, "messages"))
+            ids = encode(self.tokenizer, check_messages(prompt, "messages"), system)
         else:
             ids = list(prompt)
         check_ids(ids, self.model.args.vocab_size, self.max_seq_len)
@@ -171,14 +155,10 @@ class LLM:
         Decode all requests; yields (request, a piece of its text) as they come, finish_reason being set with the last.
         A request ends before its first stop string. `interrupted`: see Engine.run.
         """
-        open_ = {id(r): (r, StreamDecoder(self.tokenizer), StopStrings(r.params.stop)) for r in requests}
-
-        def rest(request: Request) -> str:
-            _, decoder, stop = open_.pop(id(request))
-            return "" if stop.found else stop.add(decoder.end()) + stop.end()
-
-        for request, tokens in self.engine.run(requests, interrupted):
-            _, decoder, stop = open_[id(request)]
+        open_ = {id(r): (StreamDecoder(self.tokenizer), StopStrings(r.params.stop)) for r in requests}
+        cut_off = ((r, []) for r in requests if id(r) in open_)  # once the engine is done: by an interrupt
+        for request, tokens in chain(self.engine.run(requests, interrupted), cut_off):
+            decoder, stop = open_[id(request)]
             if not request.params.stop:
                 piece = decoder.add(tokens)
             else:
@@ -190,18 +170,16 @@ class LLM:
                         if n < 0:  # drafted tokens after the stop string do not count
                             del request.tokens[n:], request.logprobs[n:]
                         break
-            piece += rest(request) if request.finish_reason else ""
-            request.text += piece
-            yield request, piece
-        for request, _, _ in list(open_.values()):  # interrupted
-            piece = rest(request)
+            if request.finish_reason:
+                del open_[id(request)]
+                piece += "" if stop.found else stop.add(decoder.end()) + stop.end()
             request.text += piece
             yield request, piece
 
     def generate(
-        self, prompts: str | Sequence[str | Sequence[int]], params: SamplingParams | None = None
+        self, prompts: str | Sequence[str | Sequence[int] | list[Message]], params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Complete one or several prompts, each as a user's message or as token ids, in the order given."""
+        """Complete one or several prompts, each a user's message, token ids or messages, in the order given."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         requests = [Request(self.encode(p), params or SamplingParams(), i) for i, p in enumerate(prompts)]
         for _ in self.run(requests):
@@ -210,10 +188,7 @@ class LLM:
 
     def chat(self, messages: list[Message], params: SamplingParams | None = None) -> Completion:
         """The assistant's answer to a conversation."""
-        request = Request(self.encode(messages), params or SamplingParams())
-        for _ in self.run([request]):
-            pass
-        return completion(request)
+        return self.generate([messages], params)[0]
 
     def stream(
         self,

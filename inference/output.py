@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from checkpoint import JOURNAL
 from errors import InputError
 from kernel import cdiv
-from safetensors_io import INCOMPLETE, Layout, SafetensorsWriter, sync_folder
+from safetensors_io import INCOMPLETE, Layout, SafetensorsWriter, reporting, sync_folder
 
 HASH_BYTES = 1 << 20
 SUMS_FILE = "SHA256SUMS"
@@ -52,23 +52,17 @@ class Target(NamedTuple):
     last: int
 
 
-class OutputFile:
+class OutputFile(SafetensorsWriter):
     """
-    A file of weights on its way: `end` is up to where it has no gap, and so far its checksum may be taken. `sha256` is
-    set when it is whole and noted in the journal.
+    A file of weights on its way: `end` is up to where it has no gap, and so far its checksum may be taken; it is whole
+    when it has its `sha256`.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str]):
-        self.path, self.layout, self.metadata = path, layout, metadata
-        header = layout.header(metadata)
-        self.header_sha256 = hashlib.sha256(header).hexdigest()
-        self.size = len(header) + layout.nbytes
-        self.data_start = self.end = len(header)
+        super().__init__(path, layout, metadata)
+        self.end = self.data_start
         self.sha256: str | None = None
-        self.writer: SafetensorsWriter | None = None
-        self._order = list(layout.tensors)
-        self._whole = 0  # tensors of the order without a gap
-        self._settled: dict[str, int] = {}  # bytes of later ones
+        self._beyond: dict[int, int] = {}  # of what is written after a gap: where each part starts -> where it ends
         self._checksum, self._hashed = hashlib.sha256(), 0
 
     def nbytes(self, target: Target) -> int:
@@ -76,61 +70,42 @@ class OutputFile:
 
     def missing(self) -> int:
         """Bytes that the disk has still to find for it, in whole pages."""
-        for path in (self.path, self.path.with_name(self.path.name + INCOMPLETE)):
+        for path in (self.path, self.temporary):
             if os.path.exists(path):
                 return max(0, self.size - path.stat().st_blocks * 512)
         return cdiv(self.size, 4096) * 4096
 
-    def open(self) -> None:
-        if self.writer is None:
-            self.writer = SafetensorsWriter(self.path, self.layout, self.metadata, resume=True)
-
     def settle(self, target: Target) -> None:
-        """Count rows as written: those of a tensor in their order, tensors in any."""
-        settled, order = self._settled, self._order
-        settled[target.name] = settled.get(target.name, 0) + self.nbytes(target)
-        while self._whole < len(order) and settled.get(order[self._whole], 0) == self.layout.size(order[self._whole]):
-            settled.pop(order[self._whole], None)
-            self._whole += 1
-        if self._whole == len(order):
-            self.end = self.size
-        else:
-            name = order[self._whole]
-            self.end = self.data_start + self.layout.offsets[name] + settled.get(name, 0)
+        """Count rows as written."""
+        start = self.start(target.name, target.first)
+        self._beyond[start] = start + self.nbytes(target)
+        while self.end in self._beyond:
+            self.end = self._beyond.pop(self.end)
 
     def resume(self) -> bool:
         """Find the file again as an earlier run left it; returns whether that began it and did not end it."""
-        if not (self._whole or self._settled):
+        if self.end == self.data_start and not self._beyond:
             return False
-        temporary = self.path.with_name(self.path.name + INCOMPLETE)
-        if self.sha256 and temporary.exists():  # stopped between the journal and the new name
-            temporary.rename(self.path)
-        path = self.path if self.sha256 else temporary
+        if self.sha256 and self.temporary.exists():  # stopped between the journal and the new name
+            self.temporary.rename(self.path)
+        path = self.path if self.sha256 else self.temporary
         if not path.exists() or path.stat().st_size != self.size:
             raise InputError(f"{path}: changed since an interrupted run began it")
-        if self.sha256:
-            return False
-        self.open()
-        return True
+        if not self.sha256:
+            self.open()
+        return not self.sha256
 
     def hash_to(self, end: int, stopped: Callable[[], bool]) -> None:
         """Read the file back for its checksum, up to byte `end`."""
         while self._hashed < end and not stopped():
-            data = self.writer.read_back(min(HASH_BYTES, end - self._hashed), self._hashed)
+            with reporting(self.temporary, "cannot be read"):
+                data = os.pread(self._fd, min(HASH_BYTES, end - self._hashed), self._hashed)
+            if not data:
+                raise InputError(f"{self.temporary}: ends at byte {self._hashed}; was it changed by another program?")
             self._checksum.update(data)
             self._hashed += len(data)
-
-    def digest(self) -> str:
-        assert self._hashed == self.size, self.path
-        return self._checksum.hexdigest()
-
-    def finish(self, sha256: str) -> None:
-        self.sha256 = sha256
-        self.writer.finish()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self._hashed == self.size:
+            self.sha256 = self._checksum.hexdigest()
 
 
 class Journal:
@@ -142,29 +117,27 @@ class Journal:
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self.path = folder / JOURNAL
-        try:
+        with reporting(self.path):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no waiting for a pipe
             self._file = os.fdopen(os.open(self.path, flags, 0o666), "r+b")
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a file")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process is writing it") from None
             lines = self._file.read().split(b"\n")
             self._file.seek(-len(lines.pop()), os.SEEK_END)  # a line that was cut short was not yet believed
             self._file.truncate()
             sync_folder(folder)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing it") from None
-        except OSError as error:
-            raise self._failed(error) from None
         damaged = InputError(f"{self.path}: damaged; remove {folder} and start over")
         try:
             found, *self.records = [json.loads(line) for line in lines] or [None]
         except (ValueError, RecursionError):
             raise damaged from None
         types = {"pieces": int, "sha256": dict, "results": list}
-        for record in self.records:
-            if not isinstance(record, dict) or {key: type(value) for key, value in record.items()} != types:
-                raise damaged
+        if any(type(r) is not dict or {key: type(value) for key, value in r.items()} != types for r in self.records):
+            raise damaged
         if found is None:
             self.append(identity)
         elif not isinstance(found, dict) or found.keys() != identity.keys():
@@ -175,16 +148,16 @@ class Journal:
             raise InputError(f"{folder}: an interrupted run with other flags or another input began this; remove it")
 
     def append(self, record: dict[str, Any]) -> None:
-        try:
+        with reporting(self.path):
             self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failed(error) from None
 
     def remove(self) -> None:
-        self.path.unlink()
-        sync_folder(self.path.parent)
+        with reporting(self.path):
+            sync_folder(self.path.parent)
+            self.path.unlink()
+            sync_folder(self.path.parent)
 
     def __enter__(self) -> Journal:
         return self
@@ -192,9 +165,6 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # what could not be written at first cannot be now
             self._file.close()
-
-    def _failed(self, error: OSError) -> InputError:
-        return InputError(f"{self.path}: cannot be written: {error.strerror}")
 
 
 def companions(source: Path) -> list[Path]:
@@ -220,10 +190,8 @@ def drop_cache(path: Path) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    try:
+    with reporting(path, "cannot be read"):
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def to_json(data: dict[str, Any]) -> bytes:
@@ -233,12 +201,10 @@ def to_json(data: dict[str, Any]) -> bytes:
 def write_file(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, sync it and rename it."""
     temporary = path.with_name(path.name + INCOMPLETE)
-    try:
+    with reporting(path):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
         with open(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None

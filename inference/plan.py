@@ -12,21 +12,22 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
 from config import BLOCK_SIZE, ModelArgs
 from errors import InputError, run_command
 from kernel import cdiv
 from model import compute_dtype
+from parallel import Parallel
 
 DEFAULT_MAX_SEQ_LEN = 16384  # where neither the user nor the prompts say; at 70 KB a token V3's cache is 1.1 GB a row
 PREFILL_CHUNK = 4096  # generate.py's default
 BANDWIDTH = 4.30  # TB/s that a copy reaches on an H200, measured
+FP8_PFLOPS, BF16_PFLOPS = 1.2, 0.767  # what the best dense GEMMs reach there, measured
 NODE = 8  # GPUs: more ranks than this come in whole nodes
 
 # Part of the model -> what the names of its tensors contain, the first that fits.
@@ -58,17 +59,8 @@ class Part:
     nbytes: int = 0
     read: int = 0
 
-    def __add__(self, other: Part) -> Part:
-        return Part(
-            self.parameters + other.parameters,
-            self.active + other.active,
-            self.nbytes + other.nbytes,
-            self.read + other.read,
-        )
 
-
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that a rank needs."""
 
     weights: int
@@ -77,17 +69,10 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.workspace
+        return sum(self)
 
 
-def kept_dtype(spec: TensorSpec, args: ModelArgs) -> torch.dtype | None:
-    """The type the model keeps a tensor in; None for the scale of wkv_b, which is dequantised as it is loaded."""
-    if ".wkv_b." in spec.name:
-        return None if spec.is_scale else compute_dtype(args)
-    return spec.dtype
-
-
-def count_active(spec: TensorSpec, shape: tuple[int, ...], args: ModelArgs, chosen: int) -> int:
+def used_by_token(spec: TensorSpec, shape: tuple[int, ...], chosen: int) -> int:
     """How many numbers of a tensor, or of a slice of this shape, one token uses when `chosen` experts are here."""
     if spec.name == "embed.weight":
         return shape[1]
@@ -105,16 +90,27 @@ def weight_parts(args: ModelArgs, mp: int = 1, expert_parallel: bool = False) ->
     """
     parts = {part: Part() for part in PARTS}
     K = args.n_activated_experts
+    K_here = cdiv(K, mp) if expert_parallel else K
     for spec in tensor_specs(args).values():
         part = parts[next(part for part, pattern in PARTS.items() if pattern in f".{spec.name}")]
         if not spec.is_scale:
             part.parameters += math.prod(spec.shape)
-            part.active += count_active(spec, spec.shape, args, K)
-        shape, dtype = shard_shape(spec, mp, 0, expert_parallel), kept_dtype(spec, args)
-        if shape is not None and dtype is not None:
-            part.nbytes += math.prod(shape) * dtype.itemsize
-            part.read += count_active(spec, shape, args, cdiv(K, mp) if expert_parallel else K) * dtype.itemsize
+            part.active += used_by_token(spec, spec.shape, K)
+        shape, itemsize = shard_shape(spec, mp, 0, expert_parallel), spec.dtype.itemsize
+        if ".wkv_b." in spec.name:  # is dequantised as it is loaded
+            shape, itemsize = None if spec.is_scale else shape, compute_dtype(args).itemsize
+        if shape is not None:
+            part.nbytes += math.prod(shape) * itemsize
+            part.read += used_by_token(spec, shape, K_here) * itemsize
     return parts
+
+
+def cache_length(args: ModelArgs, wanted: int | None) -> int:
+    """Tokens of a row of the cache. Raises InputError for more than the config allows, or fewer than 2."""
+    length = min(args.max_seq_len, DEFAULT_MAX_SEQ_LEN) if wanted is None else wanted
+    if not 2 <= length <= args.max_seq_len:
+        raise InputError(f"--max-seq-len {length}: wanted 2 to {args.max_seq_len}, what the config allows")
+    return length
 
 
 def cache_bytes(args: ModelArgs, n_layers: int, max_batch_size: int, max_seq_len: int) -> int:
@@ -160,37 +156,39 @@ def memory(
 # --- disk -------------------------------------------------------------------------------------------------------------
 
 
-def stored_dtype(spec: TensorSpec, args: ModelArgs) -> torch.dtype:
-    """The type of a tensor in the published files: the gate's weight is widened only when it is loaded."""
-    return compute_dtype(args) if spec.name.endswith(".gate.weight") else spec.dtype
+def shard_bytes(args: ModelArgs, mp: int, expert_parallel: bool = False) -> int:
+    """Tensors of one of convert.py's `mp` files; all are equally large."""
+    total = 0
+    for spec in tensor_specs(args).values():
+        if (shape := shard_shape(spec, mp, 0, expert_parallel)) is not None:
+            # The gate's weight is widened only when it is loaded.
+            dtype = compute_dtype(args) if spec.name.endswith(".gate.weight") else spec.dtype
+            total += math.prod(shape) * dtype.itemsize
+    return total
 
 
 def folder_bytes(args: ModelArgs) -> int:
     """Tensors of a Hugging Face folder, in which each MTP layer repeats the embedding and the head."""
-    specs = tensor_specs(args).values()
-    sizes = {spec.name: math.prod(spec.shape) * stored_dtype(spec, args).itemsize for spec in specs}
-    return sum(sizes.values()) + args.n_mtp_layers * (sizes["embed.weight"] + sizes["head.weight"])
-
-
-def shard_bytes(args: ModelArgs, mp: int, expert_parallel: bool = False) -> int:
-    """Tensors of one of convert.py's `mp` files; all are equally large."""
-    shapes = ((spec, shard_shape(spec, mp, 0, expert_parallel)) for spec in tensor_specs(args).values())
-    return sum(math.prod(shape) * stored_dtype(spec, args).itemsize for spec, shape in shapes if shape is not None)
+    repeated = 2 * args.n_mtp_layers * args.vocab_size * args.dim
+    return shard_bytes(args, 1) + repeated * compute_dtype(args).itemsize
 
 
 # --- splits and speed -------------------------------------------------------------------------------------------------
 
 
-def splits(args: ModelArgs, expert_parallel: bool = False) -> Iterator[tuple[int, str | None]]:
-    """Numbers of ranks, up to one a head: those within a node and whole nodes; with each why it does not work."""
+def splits(args: ModelArgs, expert_parallel: bool) -> dict[str, list[int]]:
+    """Numbers of ranks up to one a head, within a node or whole nodes: under "" what works, the others by why not."""
     first = replace(args, n_layers=min(args.n_layers, args.n_dense_layers + 1))  # later layers are cut like these
+    found: dict[str, list[int]] = {"": []}
     for mp in range(1, min(args.n_heads, MAX_RANKS) + 1):
         if mp <= NODE or mp % NODE == 0:
+            why = ""
             try:
                 check_split(first, mp, expert_parallel)
-                yield mp, None
             except InputError as error:
-                yield mp, str(error).partition(";")[0].replace(f" over {mp} ranks", "")
+                why = str(error).partition(";")[0].replace(f" over {mp} ranks", "")
+            found.setdefault(why, []).append(mp)
+    return found
 
 
 def bytes_per_token(args: ModelArgs, mp: int, expert_parallel: bool, seq_len: int) -> int:
@@ -198,6 +196,56 @@ def bytes_per_token(args: ModelArgs, mp: int, expert_parallel: bool, seq_len: in
     parts = weight_parts(args, mp, expert_parallel)
     weights = sum(part.read for name, part in parts.items() if name != "MTP")
     return weights + cache_bytes(args, args.n_layers, 1, seq_len)
+
+
+def experts_hit(args: ModelArgs, tokens: int) -> float:
+    """Share of the experts that so many tokens need, each choosing K of E evenly: 1 - (1 - K / E) ** tokens."""
+    if not args.n_routed_experts:
+        return 0.0
+    return 1 - (1 - args.n_activated_experts / args.n_routed_experts) ** tokens
+
+
+def decode_bytes(
+    args: ModelArgs, parallel: Parallel, rows: int, length: int, drafts: int, hit: float | None = None
+) -> float:
+    """
+    What a rank reads at least in one step of `rows` rows that see `length` tokens each, when it needs the share `hit`
+    of a layer's experts; by default as many as an even router would choose.
+    """
+    tokens, used = rows * (1 + drafts), min(drafts, args.n_mtp_layers)
+    hit = experts_hit(args, tokens) if hit is None else hit
+    parts = weight_parts(replace(args, n_mtp_layers=used), parallel.world_size, parallel.expert_parallel)
+    moe_layers = args.n_layers - args.n_dense_layers
+    expert_bytes = parts["routed experts"].nbytes / max(moe_layers, 1)  # of one layer
+    total = sum(part.nbytes for name, part in parts.items() if name != "embedding")
+    total += parts["embedding"].read * tokens + parts["head"].nbytes * drafts  # each draft reads the head again
+    total -= (moe_layers + used) * expert_bytes * (1 - hit)
+    return total + cache_bytes(args, args.n_layers + used, rows, length)
+
+
+def prefill_flops(args: ModelArgs, world_size: int, rows: int, length: int) -> tuple[float, float]:
+    """
+    Multiplications and additions that a rank makes at least for `rows` prompts of `length` tokens: in FP8, in bf16.
+
+    Two for each active parameter and token; attention 2 * H * (D_k + D_v) for each pair of a token and one it sees;
+    the head for the last tokens only.
+    """
+    parts = weight_parts(replace(args, n_mtp_layers=0))
+    head, embedding = parts["head"].parameters, parts["embedding"].active
+    active = sum(part.active for part in parts.values()) - head - embedding
+    wide = args.n_layers * args.n_heads * (args.qk_nope_head_dim + args.v_head_dim) * args.kv_lora_rank  # wkv_b
+    wide += parts["gates"].parameters
+    if args.dtype != "fp8":
+        wide = active
+    pairs = rows * length * (length + 1) / 2
+    attention = 2 * args.n_layers * args.n_heads * (args.qk_head_dim + args.v_head_dim) * pairs
+    tokens = rows * length
+    return 2 * tokens * (active - wide) / world_size, (2 * tokens * wide + attention + 2 * rows * head) / world_size
+
+
+def floor_seconds(nbytes: float, fp8_flops: float = 0.0, flops: float = 0.0) -> float:
+    """The longer of reading and computing, at the rates of an H200."""
+    return max(nbytes / (BANDWIDTH * 1e12), fp8_flops / (FP8_PFLOPS * 1e15) + flops / (BF16_PFLOPS * 1e15))
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -216,62 +264,41 @@ def in_units(count: int) -> str:
 
 
 def model_table(args: ModelArgs, mp: int, expert_parallel: bool, max_batch_size: int, max_seq_len: int) -> str:
-    parts = dict(weight_parts(args, mp, expert_parallel))
-    needs = memory(args, mp, expert_parallel, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    touched = bytes_per_token(args, mp, expert_parallel, max_seq_len)
+    parts = {name: astuple(part) for name, part in weight_parts(args, mp, expert_parallel).items()}
     mtp = parts.pop("MTP")
-
-    def row(name: str, part: Part) -> tuple[str, ...]:
-        return name, *map(in_units, (part.parameters, part.active, part.nbytes, part.read))
-
-    rows = [("", "10^9 parameters", "of a token", "GB a rank", "GB read a token")]
-    rows += [row(name, part) for name, part in parts.items() if part.parameters]
-    rows.append(row("main model", sum(parts.values(), Part())))
-    if mtp.parameters:
-        rows.append(row(f"MTP ({args.n_mtp_layers})", replace(mtp, read=0)))
-    cache_read = cache_bytes(args, args.n_layers, 1, max_seq_len)
-    cache = f"cache, {max_batch_size} x {max_seq_len} tokens"
-    rows.append((cache, "", "", in_units(needs.cache), in_units(cache_read)))
-    rows.append(("workspace", "", "", in_units(needs.workspace), ""))
-    rows.append(("a rank, in all", "", "", in_units(needs.total), in_units(touched)))
-    return table(rows)
+    needs = memory(args, mp, expert_parallel, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    cache = needs.cache, cache_bytes(args, args.n_layers, 1, max_seq_len)
+    rows = [(name, *part) for name, part in parts.items() if any(part)]
+    rows.append(("main model", *map(sum, zip(*parts.values(), strict=True))))
+    if any(mtp):
+        rows.append((f"MTP ({args.n_mtp_layers})", *mtp[:3], 0))
+    rows.append((f"cache, {max_batch_size} x {max_seq_len} tokens", 0, 0, *cache))
+    rows.append(("workspace", 0, 0, needs.workspace, 0))
+    rows.append(("a rank, in all", 0, 0, needs.total, bytes_per_token(args, mp, expert_parallel, max_seq_len)))
+    titles = "", "10^9 parameters", "of a token", "GB a rank", "GB read a token"
+    return table([titles, *((name, *map(in_units, figures)) for name, *figures in rows)])
 
 
 def disk_table(args: ModelArgs, mp: int, expert_parallel: bool) -> str:
     """Formats in columns: as stored, and of FP8 its cast to BF16."""
     formats = [args] if args.dtype != "fp8" else [args, replace(args, dtype="bf16", scale_fmt=None)]
-    shards = [shard_bytes(format, mp, expert_parallel) for format in formats]
     repeats = ", MTP's repeated embedding and head included" if args.n_mtp_layers else ""
-    return table(
-        [
-            ("GB on disk", *(format.dtype for format in formats)),
-            (f"Hugging Face folder{repeats}", *(in_units(folder_bytes(format)) for format in formats)),
-            (f"shards for {mp}, in all", *(in_units(mp * size) for size in shards)),
-            ("shards, each", *map(in_units, shards)),
-        ]
-    )
+    columns = [("GB on disk", f"Hugging Face folder{repeats}", f"shards for {mp}, in all", "shards, each")]
+    for format in formats:
+        shard = shard_bytes(format, mp, expert_parallel)
+        columns.append((format.dtype, *map(in_units, (folder_bytes(format), mp * shard, shard))))
+    return table(list(zip(*columns, strict=True)))
 
 
-def split_table(ranks: list[tuple[int, str | None]]) -> str:
-    grouped: dict[str | None, list[int]] = {}
-    for mp, why in ranks:
-        grouped.setdefault(why, []).append(mp)
-    working = grouped.pop(None)
-    lines = [f"numbers of ranks that work: {', '.join(map(str, working))}"]
-    lines += [f"  not {', '.join(map(str, numbers))}: {why}" for why, numbers in grouped.items()]
-    return "\n".join(lines)
-
-
-def fit(args: ModelArgs, mp: int, expert_parallel: bool, sizes: dict[str, int], gpu_memory: float) -> str:
-    """Whether a rank fits into so many GB, and if not how many ranks it takes."""
+def fit(args: ModelArgs, mp: int, expert_parallel: bool, working: list[int], gpu_memory: float, **sizes: int) -> str:
+    """Whether a rank fits into so many GB, and if not which of the `working` numbers of ranks is enough."""
 
     def spare(ranks: int) -> float:
         return gpu_memory - memory(args, ranks, expert_parallel, **sizes).total / 1e9
 
     if (left := spare(mp)) >= 0:
         return f"fits in {gpu_memory:g} GB, {left:.1f} GB left"
-    more = (n for n, why in splits(args, expert_parallel) if n > mp and why is None)
-    enough = next((n for n in more if spare(n) >= 0), None)
+    enough = next((n for n in working if n > mp and spare(n) >= 0), None)
     advice = "no number of ranks is enough" if enough is None else f"--model-parallel {enough} is enough"
     return f"does not fit in {gpu_memory:g} GB, {-left:.1f} GB too much: {advice}"
 
@@ -287,13 +314,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-batch-size", type=int, metavar="N", help="rows of the cache (default: the config's)")
     add("--max-seq-len", type=int, metavar="N", help=f"tokens of a row (default {DEFAULT_MAX_SEQ_LEN} or the config's)")
     add("--gpu-memory", type=float, metavar="GB", help="say whether a rank fits in this")
-    add(
-        "--bandwidth",
-        type=float,
-        default=BANDWIDTH,
-        metavar="TB_PER_S",
-        help=f"of memory (default {BANDWIDTH}, an H200's)",
-    )
+    bandwidth = f"of memory (default {BANDWIDTH}, an H200's)"
+    add("--bandwidth", type=float, default=BANDWIDTH, metavar="TB_PER_S", help=bandwidth)
     args = parser.parse_args()
     for name in ("model_parallel", "max_batch_size", "max_seq_len", "gpu_memory", "bandwidth"):
         value = getattr(args, name)
@@ -313,27 +335,27 @@ def main() -> None:
     else:
         model, mp = ModelArgs.load(options.config), mp or 1
     check_split(model, mp, expert_parallel)
-    max_seq_len = options.max_seq_len or min(model.max_seq_len, DEFAULT_MAX_SEQ_LEN)
-    if not 2 <= max_seq_len <= model.max_seq_len:
-        raise InputError(f"--max-seq-len {max_seq_len}: wanted 2 to {model.max_seq_len}, what the config allows")
-    max_batch_size = options.max_batch_size or model.max_batch_size
-
+    max_seq_len = cache_length(model, options.max_seq_len)
+    sizes = {"max_batch_size": options.max_batch_size or model.max_batch_size, "max_seq_len": max_seq_len}
     how = ", whole experts each" if expert_parallel and mp > 1 else ""
     print(f"{options.config or options.ckpt_path}: {model.dtype} weights, {mp} rank{'s' * (mp > 1)}{how}\n")
-    print(model_table(model, mp, expert_parallel, max_batch_size, max_seq_len))
+    print(model_table(model, mp, expert_parallel, **sizes))
+    ranks = splits(model, expert_parallel)
+    working = ranks.pop("")
     if options.gpu_memory:
-        sizes = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-        print(fit(model, mp, expert_parallel, sizes, options.gpu_memory))
+        print(fit(model, mp, expert_parallel, working, options.gpu_memory, **sizes))
     print(f"\n{disk_table(model, mp, expert_parallel)}")
     if options.ckpt_path:
         files = [file for file in options.ckpt_path.glob("*.safetensors") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
         print(f"{options.ckpt_path} has {in_units(size)} in {len(files)} file{'s' * (len(files) > 1)}, with headers")
-    print(f"\n{split_table(list(splits(model, expert_parallel)))}\n")
+    print(f"\nnumbers of ranks that work: {', '.join(map(str, working))}")
+    for why, numbers in ranks.items():
+        print(f"  not {', '.join(map(str, numbers))}: {why}")
     seconds = bytes_per_token(model, mp, expert_parallel, max_seq_len) / (options.bandwidth * 1e12)
     whose = ", which a copy reaches on an H200" if options.bandwidth == BANDWIDTH else ""
     print(
-        f"batch 1 at {max_seq_len} tokens, no drafts: at least {seconds * 1e3:.3g} ms a token (at most "
+        f"\nbatch 1 at {max_seq_len} tokens, no drafts: at least {seconds * 1e3:.3g} ms a token (at most "
         f"{1 / seconds:.4g} tokens/s), for reading alone at {options.bandwidth:g} TB/s{whose}"
     )
 

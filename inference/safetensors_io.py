@@ -9,13 +9,13 @@ and a file that shrinks meanwhile is an error and not a crash.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -80,12 +80,10 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
+        with reporting(self.path, "cannot be read"):
             self._fd = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from None
         size = os.fstat(self._fd).st_size
-        (header_bytes,) = struct.unpack("<Q", self._pread(8, 0)) if size >= 8 else (size,)
+        header_bytes = int.from_bytes(self._pread(8, 0), "little") if size >= 8 else size
         if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
             raise self._garbled(f"its header does not fit into its {size} bytes; is it cut short?")
         try:
@@ -138,10 +136,8 @@ class SafetensorsFile:
     def _read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
-            try:
+            with reporting(self.path, "cannot be read"):
                 n = os.preadv(self._fd, [buffer[done : done + MAX_IO_BYTES]], offset + done)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be read: {error.strerror}") from None
             if n == 0:
                 raise InputError(f"{self.path}: ends at byte {offset + done}, before the data its header describes")
             done += n
@@ -196,7 +192,7 @@ class Layout:
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": span}
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        return struct.pack("<Q", len(encoded)) + encoded
+        return len(encoded).to_bytes(8, "little") + encoded
 
 
 class SafetensorsWriter:
@@ -204,86 +200,81 @@ class SafetensorsWriter:
     Writes a file whose layout is known beforehand; rows of its tensors in any order, from any thread.
 
     The file carries the suffix ".incomplete" until `finish`, which syncs it to disk and renames it. Used as a context
-    manager, it is finished at the end and removed after an exception. With `resume` the file may be there already, from
-    a run that stopped.
+    manager, it is a new file, finished at the end and removed after an exception; `open` also goes on with an old one.
     """
 
-    def __init__(self, path: str | Path, layout: Layout, metadata: dict[str, str], resume: bool = False):
-        self.path = Path(path)
-        self.layout = layout
+    def __init__(self, path: str | Path, layout: Layout, metadata: dict[str, str]):
+        self.path, self.layout, self.metadata = Path(path), layout, metadata
         self.temporary = self.path.with_name(self.path.name + INCOMPLETE)
-        header = layout.header(metadata)
-        self.data_start = len(header)
+        self.data_start = len(layout.header(metadata))
+        self.size = self.data_start + layout.nbytes
         self._unwritten = layout.nbytes  # counted for the context manager, so for a single thread
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (0 if resume else os.O_EXCL)
-            self._fd = os.open(self.temporary, flags, 0o666)
-            os.ftruncate(self._fd, self.data_start + layout.nbytes)
-        except OSError as error:
-            raise self._failed(error) from None
-        self._pwrite(memoryview(header), 0)
+        self._fd: int | None = None
+
+    def open(self, flags: int = 0) -> None:
+        if self._fd is not None:
+            return
+        with reporting(self.path):
+            self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
+            os.ftruncate(self._fd, self.size)
+        self._pwrite(memoryview(self.layout.header(self.metadata)), 0)
+
+    def start(self, name: str, row: int) -> int:
+        """Where in the file a row of a tensor starts."""
+        return self.data_start + self.layout.offsets[name] + row * self.layout.row_bytes(name)
 
     def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
         """Write a tensor, or rows of it from `first` on."""
         dtype, shape = self.layout.tensors[name]
-        start = first * self.layout.row_bytes(name)
-        fits = (rows.dtype, rows.shape[1:]) == (dtype, shape[1:]) and start + rows.nbytes <= self.layout.size(name)
+        start, end = self.start(name, first), self.start(name, 0) + self.layout.size(name)
+        fits = (rows.dtype, rows.shape[1:]) == (dtype, shape[1:]) and start + rows.nbytes <= end
         assert fits, f"{name}: {rows.shape=} from {first=} do not fit into {shape}"
         data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         self._unwritten -= len(data)
-        self._pwrite(memoryview(data), self.data_start + self.layout.offsets[name] + start)
+        self._pwrite(memoryview(data), start)
 
-    def read_back(self, size: int, offset: int) -> bytes:
-        """Up to `size` bytes of the file as far as it is written."""
-        try:
-            data = os.pread(self._fd, size, offset)
-        except OSError as error:
-            raise InputError(f"{self.temporary}: cannot be read: {error.strerror}") from None
-        if not data:
-            raise InputError(f"{self.temporary}: ends at byte {offset}; was it changed by another program?")
-        return data
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            with reporting(self.path):
+                done += os.pwrite(self._fd, data[done : done + MAX_IO_BYTES], offset + done)
 
     def sync(self) -> None:
-        try:
+        with reporting(self.path):
             os.fsync(self._fd)
-        except OSError as error:
-            raise self._failed(error) from None
 
     def finish(self) -> None:
         self.sync()
         self.close()
-        try:
+        with reporting(self.path):
             self.temporary.rename(self.path)
             sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._failed(error) from None
 
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
-    def _pwrite(self, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            try:
-                done += os.pwrite(self._fd, data[done : done + MAX_IO_BYTES], offset + done)
-            except OSError as error:
-                raise self._failed(error) from None
-
-    def _failed(self, error: OSError) -> InputError:
-        return InputError(f"{self.path}: cannot be written: {error.strerror}")
-
     def __enter__(self) -> SafetensorsWriter:
+        self.open(os.O_EXCL)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             assert not self._unwritten, f"{self.path}: {self._unwritten} bytes were not written"
             self.finish()
         else:
             self.close()
             self.temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reporting(path: Path, what: str = "cannot be written") -> Iterator[None]:
+    """What the system refuses -> InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {what}: {error.strerror}") from None
 
 
 def sync_folder(path: Path) -> None:

@@ -13,7 +13,6 @@ import select
 import signal
 import sys
 from pathlib import Path
-from types import TracebackType
 
 try:
     import readline
@@ -51,9 +50,7 @@ class Terminal:
                 readline.read_history_file(HISTORY)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.old_handlers:
             signal.signal(number, handler)
         if self.is_tty:

@@ -58,25 +58,26 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     return messages
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks, by the checkpoint's own chat template."""
+def encode(tokenizer: PreTrainedTokenizerFast, prompt: str | list[Message], system: str | None = None) -> list[int]:
+    """
+    Token ids of a conversation up to where the assistant speaks, by the checkpoint's own chat template; with `system`
+    in front unless it brings a system message of its own. Text is the user's only message, and without a chat template
+    (a base model) text to continue.
+    """
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        if system:
+            raise InputError("--system needs a chat template, and this checkpoint's tokenizer has none")
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat_template; only plain prompts work with this checkpoint")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template is a program of the checkpoint's; it may refuse a role or be broken
         raise InputError(f"the chat template does not take this conversation: {error}") from None
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, system: str | None = None) -> list[int]:
-    """A prompt as the user's only message; without a chat template (a base model) as text to continue."""
-    if tokenizer.chat_template:
-        messages = [{"role": "system", "content": system}] if system else []
-        return encode_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
-    if system:
-        raise InputError("--system needs a chat template, and this checkpoint's tokenizer has none")
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
 
 class StreamDecoder:
@@ -126,5 +127,4 @@ class StopStrings:
 
     def end(self) -> str:
         """What was held back and was no beginning after all."""
-        held, self.held = self.held, ""
-        return held
+        return self.held

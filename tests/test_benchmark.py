@@ -20,10 +20,10 @@ from checkpoints import SMALL, make_hf
 from config import ModelArgs
 from dummy import fill_dummy
 from errors import run_command
-from floor import decode_bytes, experts_hit, floor_seconds, prefill_flops
 from kernel import E4M3, weight_dequant_ref
 from model import Gate, Transformer
 from parallel import Parallel
+from plan import decode_bytes, experts_hit, floor_seconds, prefill_flops
 from sampling import Sampling, SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def dummy(parallel: Parallel = Parallel(), **fields: object) -> Transformer:  # 
     model = Transformer(args, parallel)
     for parameter in model.parameters():
         parameter.view(torch.uint8).fill_(0xFF)
-    fill_dummy(model, args, parallel)
+    fill_dummy(model)
     return model
 
 
@@ -273,6 +273,7 @@ BAD = {
     "a cut checkpoint": (["--ckpt-path", "nowhere", "--n-layers", 2], "--n-layers cuts dummy weights only"),
     "prefill": (["--config", "CONFIG", "--dummy-weights", "--prefill", "8*4"], "wanted ROWSxTOKENS"),
     "empty prefill": (["--config", "CONFIG", "--dummy-weights", "--prefill", "0x4"], "wanted ROWSxTOKENS"),
+    "no case": (["--config", "CONFIG", "--dummy-weights", "--batch-size", "--prefill"], "nothing to time"),
     "drafts": (["--config", "CONFIG", "--dummy-weights", "--mtp", -1], "--mtp -1: wanted 0 to 16"),
     "acceptance": (["--config", "CONFIG", "--dummy-weights", "--mtp", 1, "--accept-rate", 2], "wanted 0 to 1"),
     "acceptance without drafts": (["--config", "CONFIG", "--dummy-weights", "--accept-rate", 0.5], "and --mtp"),
@@ -321,7 +322,17 @@ def test_every_peer_is_met(monkeypatch):
     assert all(t.peer_us is None for t in benchmark_kernels.timings(Parallel(0, 2), torch.device("cpu")))
 
 
+def test_grouped_kernels_are_set_up_as_the_model_does(monkeypatch):
+    """All but the launch, which needs a GPU."""
+    monkeypatch.setattr(benchmark_kernels, "COLD_BYTES", 1)
+    monkeypatch.setattr(benchmark_kernels, "timed", lambda kernel, shape, calls, *_: (kernel, shape, len(calls)))
+    cpu = torch.device("cpu")
+    assert benchmark_kernels.grouped_gemm(3, 4, 128, 256, cpu) == ("grouped_gemm", "3 x 128 x 256, 4 rows each", 2)
+    assert benchmark_kernels.moe(5, 8, 2, 128, 256, cpu)[0::2] == ("experts", 2)
+
+
 @pytest.mark.gpu
+@pytest.mark.xdist_group("jobs")
 def test_on_a_gpu():
     argv = [ROOT / "inference" / "benchmark.py", "--config", ROOT / "configs" / "config_671B.json", "--dummy-weights"]
     argv += "--n-layers 4 --batch-size 1 8 --prompt-len 64 --prefill 2x128 --mtp 1 --accept-rate 0.85".split()

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bf16_cast_fp8
 import convert
 import fp8_cast_bf16
-from cast import dequantise as dequantise_for_cast
 from checkpoint import INDEX_FILE, Checkpoint, shard, tensor_specs
 from checkpoints import SMALL, dequantise, make_hf, oracle, read_weights, same_bits
 from config import ModelArgs
 from errors import run_command
+from fp8_cast_bf16 import dequantise as dequantise_for_cast
 from kernel import weight_dequant
 
 ROOT = Path(__file__).parents[1]
@@ -483,6 +483,28 @@ def test_output_folders_that_are_refused(small, tmp_path, run, command):
         code, _, err = run(module, *argv(source, tmp_path / target))
         assert code == 2 and message in err and err.count("\n") == 1, target
         assert sorted(tmp_path.rglob("*")) == before, target
+
+
+@pytest.mark.parametrize("name, tensor, message", [
+    ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.tensor(1.0), r"inv_freq has shape \[\]"),
+    ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(5, 0), r"inv_freq has shape \[5, 0\]"),
+    ("model.layers.2.embed_tokens.weight", torch.tensor(1.0), r"embed_tokens.weight has shape \[\]"),
+    ("model.layers.2.embed_tokens.weight", torch.ones(5, 4, dtype=torch.float8_e4m3fn), None),
+])  # fmt: skip
+def test_tensors_that_no_model_needs_may_be_anything(small, tmp_path, run, name, tensor, message):
+    """convert.py skips them, the cast copies them or says that it cannot."""
+    source = Path(shutil.copytree(small, tmp_path / "in"))
+    index = json.loads((source / INDEX_FILE).read_text())
+    file = index["weight_map"].setdefault(name, "model-00001-of-000003.safetensors")
+    save_file(load_file(source / file) | {name: tensor}, source / file, {"format": "pt"})
+    (source / INDEX_FILE).write_text(json.dumps(index))
+    code, out, err = run(convert, *convert_argv(source, tmp_path / "shards"))
+    assert code == 0 and f"skipped {name}: " in out, err
+    code, _, err = run(fp8_cast_bf16, *cast_argv(source, tmp_path / "bf16"))
+    if message:
+        assert code == 2 and re.search(message, err) and err.count("\n") == 1, err
+    else:
+        assert code == 0 and same_bits(read_weights(tmp_path / "bf16")[name], tensor), err
 
 
 def test_arguments_that_do_not_fit_the_checkpoint(small, tmp_path, run):
