@@ -8,9 +8,11 @@ Dimension letters: M tokens, D dim, I inner width, E local experts, K choices a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.backends.mkldnn import flags
 
 from config import BLOCK_SIZE
 from fused import silu_mul, silu_mul_ref
@@ -95,8 +97,10 @@ def experts_ref(
 
     if not tiles:
         return x.new_zeros(M, K, x.shape[1])
-    h = silu_mul_ref(grouped(gate_and_up, x[routing.order // K], *w13))
-    y = grouped(linear, h, *w2)
+    # For a row or two oneDNN prepares a product longer than PyTorch's own takes.
+    with flags(False, None, None, None) if M <= 4 else nullcontext():
+        h = silu_mul_ref(grouped(gate_and_up, x[routing.order // K], *w13))
+        y = grouped(linear, h, *w2)
     y = F.pad(y, (0, 0, 0, M * K - len(y)))[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order
     return (y.float() * weights[..., None]).to(x.dtype)
 
