@@ -118,21 +118,22 @@ class Engine:
                 if waiting and self.free and in_flight is None:
                     admitted = self._admit([waiting.popleft() for _ in range(min(len(self.free), len(waiting)))])
                     live += admitted
-                    news, stopped = self._prefill(admitted, interrupted)
+                    passes = self._prefill(admitted, interrupted)
                 else:
                     step = in_flight or self._launch(live, None, interrupted)
                     in_flight = self._launch(live, step, interrupted) if self._worth_another(live, waiting) else None
-                    news, stopped = self._read(step)
-                for request, tokens, logprobs in news:
-                    request.first_token_seconds = request.first_token_seconds or time.perf_counter() - start
-                    yield request, self._take(request, tokens, logprobs)
-                    if request.finish_reason:
-                        live.remove(request)
-                        self._release(request)
-                if stopped:
-                    for request in [*live, *waiting]:
-                        request.finish_reason = "interrupted"
-                    return
+                    passes = [self._read(step)]
+                for news, stopped in passes:
+                    for request, tokens, logprobs in news:
+                        request.first_token_seconds = request.first_token_seconds or time.perf_counter() - start
+                        yield request, self._take(request, tokens, logprobs)
+                        if request.finish_reason:
+                            live.remove(request)
+                            self._release(request)
+                    if stopped:
+                        for request in [*live, *waiting]:
+                            request.finish_reason = "interrupted"
+                        return
         finally:
             for request in live:
                 self._release(request)
@@ -193,34 +194,46 @@ class Engine:
         if self.parallel.rank == 0 and interrupted():
             self.decoder.signal(stop=True)
 
-    def _prefill(self, requests: list[Request], interrupted: Callable[[], bool]) -> tuple[list[News], bool]:
-        """Run the requests' prompts in chunks; their first tokens."""
-        news: list[News] = []
-        stopped = False
-        pending = list(requests)
-        while pending and not stopped:
-            S = max(1, self.prefill_chunk // len(pending))
-            S = min(S, max(len(r.prompt) - r.cached for r in pending))
-            starts = [r.cached for r in pending]
-            lengths = [min(S, len(r.prompt) - r.cached) for r in pending]
-            tokens = [r.prompt[s : s + n] + [0] * (S - n) for r, s, n in zip(pending, starts, lengths, strict=True)]
+    def _prefill(self, requests: list[Request], interrupted: Callable[[], bool]) -> Iterator[tuple[list[News], bool]]:
+        """Run the requests' prompts in chunks; after each the first tokens of those whose prompt ended there."""
+        pending = requests
+        while pending:
+            part = self._prefill_part(pending)
+            S = min(self.prefill_chunk, max(len(r.prompt) - r.cached for r in part))
+            starts = [r.cached for r in part]
+            lengths = [min(S, len(r.prompt) - r.cached) for r in part]
+            tokens = [r.prompt[s : s + n] + [0] * (S - n) for r, s, n in zip(part, starts, lengths, strict=True)]
             ahead = S + self.n_drafts
-            known = [r.prompt[s + 1 : s + 1 + ahead] for r, s in zip(pending, starts, strict=True)]
+            known = [r.prompt[s + 1 : s + 1 + ahead] for r, s in zip(part, starts, strict=True)]
             known = [k + [0] * (ahead - len(k)) for k in known]
-            done = [r.cached + n == len(r.prompt) for r, n in zip(pending, lengths, strict=True)]
+            done = [r.cached + n == len(r.prompt) for r, n in zip(part, lengths, strict=True)]
             self._ask(interrupted)
-            kind = Kind.of([r.params for r in pending])
-            flight = self.decoder.prefill([r.row for r in pending], starts, lengths, tokens, known, done, kind)
+            kind = Kind.of([r.params for r in part])
+            flight = self.decoder.prefill([r.row for r in part], starts, lengths, tokens, known, done, kind)
             self.stats.prefill_tokens += sum(lengths)
 
             stopped, first = flight.read()
-            logprobs = flight.logprobs()
-            for r, n, token, logprob in zip(pending, lengths, first, logprobs, strict=True):
+            news: list[News] = []
+            for r, n, token, logprob in zip(part, lengths, first, flight.logprobs(), strict=True):
                 r.cached += n
                 if r.cached == len(r.prompt):
                     news.append((r, token, reported(logprob, r)))
             pending = [r for r in pending if r.cached < len(r.prompt)]
-        return news, stopped
+            yield news, stopped
+
+    def _prefill_part(self, pending: list[Request]) -> list[Request]:
+        """
+        Whom the next pass of a prefill takes: those with least left, as many as fit into a chunk whole. A prompt cut
+        into slices costs more, as each expands the keys of all before it, which must fit into memory too.
+        """
+        pending = sorted(pending, key=lambda r: len(r.prompt) - r.cached)
+        keys = max(self.prefill_chunk, self.max_seq_len)
+        longest = 0
+        for n, r in enumerate(pending):
+            longest = max(longest, len(r.prompt))
+            if n and ((n + 1) * (len(r.prompt) - r.cached) > self.prefill_chunk or (n + 1) * longest > keys):
+                return pending[:n]
+        return pending
 
     def _worth_another(self, live: list[Request], waiting: deque[Request]) -> bool:
         """

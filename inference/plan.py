@@ -26,6 +26,7 @@ from parallel import Parallel
 
 DEFAULT_MAX_SEQ_LEN = 16384  # where neither the user nor the prompts say; at 70 KB a token V3's cache is 1.1 GB a row
 PREFILL_CHUNK = 4096  # generate.py's default
+SAMPLING_BYTES = 80  # a logit, with top-p: 40 (measured), and as much again in the memory of the CUDA graphs
 BANDWIDTH = 4.30  # TB/s that a copy reaches on an H200, measured
 FP8_PFLOPS, BF16_PFLOPS = 1.2, 0.767  # what the best dense GEMMs reach there, measured
 NODE = 8  # GPUs: more ranks than this come in whole nodes
@@ -128,14 +129,14 @@ def padding_bytes(args: ModelArgs, mp: int) -> int:
 def workspace_bytes(args: ModelArgs, world_size: int, max_batch_size: int, max_seq_len: int, chunk: int) -> int:
     """
     Activations of the largest prefill pass: some 8 vectors of `dim` for each of `chunk` tokens; for each expert that
-    it chose the token itself, the expert's term and 3 vectors of an expert's width; expanded keys and values of every
-    cached token; and the logits.
+    it chose the token itself, the expert's term and 3 vectors of an expert's width; expanded keys and values of as many
+    tokens as one pass sees; and what sampling makes of each row's logits, with or without drafts.
     """
     heads = args.n_heads // world_size
     choices = args.n_activated_experts + args.n_shared_experts
     tokens = chunk * (16 * args.dim + choices * (4 * args.dim + 6 * args.moe_inter_dim // world_size))
-    keys = 2 * max_batch_size * max_seq_len * heads * (args.qk_head_dim + args.v_head_dim) * 2
-    return tokens + min(keys, 8 * 2**30) + 12 * max_batch_size * args.vocab_size
+    keys = 2 * max(chunk, max_seq_len) * heads * (args.qk_head_dim + args.v_head_dim) * 2
+    return tokens + keys + SAMPLING_BYTES * max_batch_size * (1 + (args.n_mtp_layers > 0)) * args.vocab_size
 
 
 def memory(

@@ -9,6 +9,7 @@ import gc
 import random
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +274,23 @@ def test_the_chunk_size_changes_nothing(folder, mtp):
         results.append(tokens(llm, prompts, greedy(6)))
         assert llm.stats.prefill_tokens == sum(map(len, prompts))
     assert results[0] == results[1] == results[2]
+
+
+def test_prompts_are_prefilled_whole_where_they_fit(folder, monkeypatch):
+    """Together as long as a chunk holds them, else one after another, not in slices side by side."""
+    llm, shapes = load(folder, mtp=0, prefill_chunk=32), []
+    prefill = llm.engine.decoder.prefill
+
+    def seen(rows: list[int], starts: list[int], lengths: list[int], tokens: list[list[int]], *rest: Any) -> Any:
+        shapes.append((len(rows), len(tokens[0]), sum(lengths)))
+        return prefill(rows, starts, lengths, tokens, *rest)
+
+    monkeypatch.setattr(llm.engine.decoder, "prefill", seen)
+    finish(llm, [Request(list(range(5, 5 + n)), greedy(2)) for n in (30, 8, 40, 5)])
+    assert shapes == [(2, 8, 13), (1, 30, 30), (1, 32, 32), (1, 8, 8)]
+    # A token more for each of several long rows: no more keys at once than one row may have.
+    long = [Request(list(range(llm.engine.max_seq_len - 1)), greedy(1), cached=llm.engine.max_seq_len - 2)] * 3
+    assert len(llm.engine._prefill_part(long)) == 1
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
