@@ -84,22 +84,21 @@ def experts_ref(
     """
     M, K = weights.shape
     x = x.x if isinstance(x, Quantised) else x
-    tiles = [tile for tile in zip(*(part.tolist() for part in routing[1:]), strict=True) if tile[0] >= 0]
+    tiles = zip(*(part.tolist() for part in routing[1:]), strict=True)
+    tiles = [(e, stop - start) for e, start, stop in tiles if e >= 0]  # one follows the other
+    if not tiles:
+        return x.new_zeros(M, K, x.shape[1])
+    chosen, sizes = zip(*tiles, strict=True)
 
     def grouped(product: Callable, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         if weight.requires_grad:  # one gradient for the whole stack, where each weight[e] would have one of its size
             weight = weight.unbind()
-        parts = [
-            product(x[start:stop], weight[e], None if scale is None else scale[e], scale_fmt)
-            for e, start, stop in tiles
-        ]
-        return torch.cat(parts)
+        parts = zip(chosen, x.split(sizes), strict=True)
+        return torch.cat([product(x, weight[e], None if scale is None else scale[e], scale_fmt) for e, x in parts])
 
-    if not tiles:
-        return x.new_zeros(M, K, x.shape[1])
     # For a row or two oneDNN prepares a product longer than PyTorch's own takes.
     with flags(False, None, None, None) if M <= 4 else nullcontext():
-        h = silu_mul_ref(grouped(gate_and_up, x[routing.order // K], *w13))
+        h = silu_mul_ref(grouped(gate_and_up, x[routing.order[: sum(sizes)] // K], *w13))
         y = grouped(linear, h, *w2)
     y = F.pad(y, (0, 0, 0, M * K - len(y)))[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order
     return (y.float() * weights[..., None]).to(x.dtype)
