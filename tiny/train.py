@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -204,6 +205,7 @@ def main() -> None:
     data = batches(
         np.load(args.data / "train.npy", mmap_mode="r"), args.rows, args.seq_len, 1 + len(model.mtp), args.seed, first
     )
+    warnings.filterwarnings("ignore", "Mismatch dtype")  # the norms' weights are fp32 and what they norm is not
     log = open(args.out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115, open as long as the program runs
     bar = tqdm(range(first, last), initial=first, total=args.steps, unit="step")
     for step in bar:
