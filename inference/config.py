@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -121,14 +120,15 @@ class ModelArgs:
             value, low = getattr(self, name), 0 if name in optional_zero else 1
             if kind is int and (type(value) is not int or not low <= value < 2**31):
                 raise InputError(f"config: {name} is {value!r}, wanted an integer of at least {low}")
-            if kind is float and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
-                raise InputError(f"config: {name} is {value!r}, wanted a positive number")
+            if kind is float and (type(value) not in (int, float) or not 1e-30 <= value <= 1e30):
+                raise InputError(f"config: {name} is {value!r}, wanted a number from 1e-30 to 1e30")
             if (allowed := get_args(kind)) and value not in allowed:
                 raise InputError(f"config: {name} is {value!r}, wanted one of {allowed}")
         contradictions = [
             (self.n_dense_layers > self.n_layers, f"{self.n_dense_layers=} is more than {self.n_layers=}"),
             (self.qk_rope_head_dim % 2, f"{self.qk_rope_head_dim=} is odd; rotary dimensions come in pairs"),
             (self.rope_factor < 1, f"{self.rope_factor=} is less than 1"),
+            (self.rope_theta <= 1, f"{self.rope_theta=} is not more than 1; rotary pairs would all turn alike"),
             (self.scale_fmt and self.dtype != "fp8", f"{self.scale_fmt=} needs dtype 'fp8', not {self.dtype!r}"),
         ]
         if self.n_dense_layers < self.n_layers or self.n_mtp_layers:

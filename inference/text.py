@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,28 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         read_json(folder / "tokenizer_config.json")
     logging.set_verbosity_error()  # the released files name a class that this one replaces
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        tokenizer.encode("a")  # some of its settings are not looked at before
+        with hushed():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            tokenizer.encode("a")  # some of its settings are not looked at before
         return tokenizer
-    except Exception as error:  # whatever the tokenizer library makes of a garbled file
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the library makes of a garbled file; its panics are no Exception
         raise InputError(f"{folder}: tokenizer does not load: {type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without the process's stderr, to which a library in Rust writes a page before its panic becomes an exception."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def stop_ids(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

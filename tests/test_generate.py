@@ -528,6 +528,11 @@ def without_template(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def panicking(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    edit_json(folder / "tokenizer.json", model=model | {"continuing_subword_prefix": "BPE"})
+
+
 def converted_for_two(folder: Path) -> None:
     quietly_convert(folder, folder.parent / "shards", 2)
     shutil.rmtree(folder)
@@ -550,6 +555,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "model: no tokenizer.json"),
     "garbled tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"model": 7'), "tokenizer does not load"),
+    "tokenizer that makes its library panic": (
+        panicking,
+        "tokenizer does not load: PanicException",
+    ),
     "truncated tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 999), "tokenizer does not load"),
     "tokenizer_config is a list": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "wanted a JSON object"),
     "stop token is text": (
