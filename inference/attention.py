@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernel import cdiv, on_gpu, on_hopper, pdl_options
+from kernel import capability, cdiv, on_gpu, on_hopper, pdl_options
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
@@ -185,8 +185,8 @@ def prefill_attention(
     if not on_gpu(q):
         return prefill_attention_ref(q, k, v, positions, scale)
     # cuDNN's causal mask is for queries that start where the keys do; it takes no single key.
-    heads = q.shape[-1], v.shape[-1]
-    if 1 < q.shape[1] == k.shape[1] and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and on_hopper(q.device):
+    from_start, heads = 1 < q.shape[1] == k.shape[1], (q.shape[-1], v.shape[-1])
+    if from_start and heads == CUDNN_HEADS and q.dtype == torch.bfloat16 and capability(q.device) == (9, 0):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from attention import latent_attention
 from errors import InputError, is_first
 from experts import experts, pair_block
-from kernel import E4M3, act_quant, cdiv, fp8_gemm, launch_gemm
+from kernel import E4M3, act_quant, cdiv, fp8_gemm, has_block_scaled_library, has_e4m3, launch_gemm, library_gemm
 from parallel import Parallel, choose_device, join_ranks
 from plan import table
 from routing import sort_pairs
@@ -126,14 +125,9 @@ def gemm(M: int, N: int, K: int, device: torch.device, cold_bytes: int = COLD_BY
     """y = x W^T, blocks of 128 x 128: reads N * K bytes, makes 2 * M * N * K operations."""
     (a, a_scale), weights = gemm_operands(M, N, K, copies(N * K, cold_bytes), device)
     library = None
-    if device.type == "cuda" and M > 1 and N % 128 == 0:  # what cuBLASLt takes
+    if has_block_scaled_library(device) and M > 1 and N % 128 == 0:  # what cuBLASLt takes
         column_major = a_scale.t().contiguous().t()
-        one, block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-
-        def scaled_mm(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-            return F.scaled_mm(a, w.t(), column_major, one, s.t(), block, output_dtype=torch.bfloat16)
-
-        library = [lambda w=w, s=s: scaled_mm(w, s) for w, s in weights]
+        library = [lambda w=w, s=s: library_gemm(a, column_major, w, s) for w, s in weights]
     calls = [lambda w=w, s=s: fp8_gemm(a, a_scale, w, s) for w, s in weights]
     nbytes = N * K + M * K + 2 * M * N
     return timed("fp8_gemm", f"{N} x {K}, M {M}", calls, nbytes, 2 * M * N * K, device, library)
@@ -227,8 +221,8 @@ def figure(value: float | None, style: str = ".3g") -> str:
 @torch.inference_mode()
 def run_kernels(options: argparse.Namespace) -> None:
     parallel, device = join_ranks(choose_device(options.device))
-    if device.type != "cuda":
-        raise InputError("--kernels: there is no CUDA GPU here to time them on")
+    if device.type != "cuda" or not has_e4m3(device):
+        raise InputError("--kernels: there is no CUDA GPU with FP8 units here to time them on")
     found = list(timings(parallel, device))
     if not is_first():
         return

@@ -89,7 +89,8 @@ class Engine:
         self.parallel = model.parallel
         self.max_seq_len = max_seq_len
         self.stop_ids = stop_ids
-        self.n_drafts = n_drafts if len(model.mtp) else 0
+        # Fewer in a cache that a step's tokens would fill: prefill_attention takes as many tokens as keys for a start.
+        self.n_drafts = max(0, min(n_drafts, max_seq_len - 2)) if len(model.mtp) else 0
         self.prefill_chunk = prefill_chunk
         self.keep_prefix = keep_prefix
         self.decoder = Decoder(model, max_batch_size, max_seq_len, self.n_drafts, cuda_graph, verify)
@@ -228,10 +229,10 @@ class Engine:
         """
         pending = sorted(pending, key=lambda r: len(r.prompt) - r.cached)
         keys = max(self.prefill_chunk, self.max_seq_len)
-        longest = 0
+        cached = 0
         for n, r in enumerate(pending):
-            longest = max(longest, len(r.prompt))
-            if n and ((n + 1) * (len(r.prompt) - r.cached) > self.prefill_chunk or (n + 1) * longest > keys):
+            left, cached = len(r.prompt) - r.cached, max(cached, r.cached)
+            if n and ((n + 1) * left > self.prefill_chunk or (n + 1) * (cached + left) > keys):
                 return pending[:n]
         return pending
 

@@ -29,6 +29,7 @@ from kernel import (
     cdiv,
     counters,
     on_gpu,
+    on_hopper,
     pdl_options,
     prefetch,
     scale_of,
@@ -503,7 +504,7 @@ def expand_value(
         o.contiguous(), w_uv, out, values, scale, M, w_uv.stride(0), w_uv.stride(1), H, V, C, out is not None,
         quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", block_m, block_v, 32 if fp32 else 128,
         triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=4, num_stages=4, **pdl_options(o.device),
+        num_warps=4, num_stages=4 if on_hopper(o.device) else 3, **pdl_options(o.device),
     )  # fmt: skip
     return result(out, values, scale)
 

@@ -47,15 +47,22 @@ def counters(device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability: (8, 0) for an A100, (9, 0) for an H100 or H200. (0, 0) for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def has_e4m3(device: torch.device) -> bool:
-    """Whether Triton can read and write e4m3 here: GPUs of compute capability 8.9 on. PyTorch itself can anywhere."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether Triton can read and write e4m3 here: GPUs from 8.9 on. PyTorch itself can anywhere."""
+    return device.type != "cuda" or capability(device) >= (8, 9)
 
 
-@functools.lru_cache
 def on_hopper(device: torch.device) -> bool:
-    """Whether this GPU has what Hopper brought: the copy engine, programmatic dependent launch."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """
+    Whether this GPU has what Hopper brought: the copy engine, programmatic dependent launch, 227 KiB of shared memory.
+    Blackwell's consumer cards, from 12.0 on, have 99 KiB like Ada's.
+    """
+    return (9, 0) <= capability(device) < (12, 0)
 
 
 def pdl_options(device: torch.device) -> dict[str, Any]:
@@ -537,8 +544,9 @@ def launch_gemm(
 
 @functools.lru_cache
 def has_block_scaled_library(device: torch.device) -> bool:
-    """Whether cuBLASLt multiplies with these scales here: on Hopper only."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether cuBLASLt multiplies with these scales here: on Hopper only, from CUDA 12.9 on."""
+    cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return capability(device) == (9, 0) and cuda >= (12, 9)
 
 
 def library_gemm(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:

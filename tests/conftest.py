@@ -10,8 +10,8 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     """Under pytest-xdist (-n 8, say) the workers share the GPUs."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % torch.cuda.device_count())
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and torch.cuda.is_available():
+        torch.cuda.set_device(int(worker[2:]) % torch.cuda.device_count())
 
 
 def pytest_runtest_setup(item):
