@@ -56,7 +56,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def read_prompts(path: str) -> list[Item]:
     """[{"prompt": text}] or [{"messages": [..]}] from a text file, a prompt a line, or from .jsonl."""
     prompts: list[Item] = []
-    if not path.endswith(".jsonl"):
+    if not path.lower().endswith(".jsonl"):
         prompts += [{"prompt": line} for line in read_text(Path(path)) if line.strip()]
     else:
         for where, item in read_lines(Path(path)):
@@ -80,7 +80,7 @@ class Results:
     are sorted and FILE takes its place, so that FILE is always whole, and a killed job loses nothing.
     """
 
-    def __init__(self, path: str | None, prompts: list[Item], resume: bool):
+    def __init__(self, path: str | None, input_file: Path, prompts: list[Item], resume: bool):
         """Raises InputError when nothing could be written there, or `resume` finds results of other prompts."""
         self.path = None if path is None else Path(path)
         self.done: dict[int, Item] = {}
@@ -89,9 +89,12 @@ class Results:
         folder = self.path.resolve().parent
         if not folder.is_dir():
             raise InputError(f"--output-file {path}: no folder {folder}")
-        if self.path.is_dir() or not os.access(folder, os.W_OK):
+        self.path = self.path.resolve()  # what a link points to is replaced, not the link
+        if (self.path.exists() and not self.path.is_file()) or not os.access(folder, os.W_OK):
             raise InputError(f"--output-file {path}: not a file that can be written")
-        self.partial = Path(f"{path}.incomplete")
+        self.partial, self.ordered = (Path(f"{self.path}.incomplete{end}") for end in ("", ".sorted"))
+        if input_file.resolve() in (self.path, self.partial, self.ordered):
+            raise InputError(f"--output-file {path}: it would overwrite --input-file {input_file}")
         if not resume:
             self.partial.unlink(missing_ok=True)
         for source in (self.path, self.partial):
@@ -105,7 +108,8 @@ class Results:
         for where, item in read_lines(path):
             index = item.get("index")
             known = type(index) is int and 0 <= index < len(prompts)
-            if not known or not item.items() >= prompts[index].items():
+            whole = type(item.get("completion")) is str and type(item.get("token_ids")) is list
+            if not known or not whole or not item.items() >= prompts[index].items():
                 raise InputError(f"--resume: {where} is no result of this input file")
             self.done[index] = item
 
@@ -117,8 +121,7 @@ class Results:
     def finish(self) -> None:
         """Put the results in order and in their place."""
         if self.path is not None:
-            ordered = Path(f"{self.partial}.sorted")
-            self._write(ordered, [self.done[i] for i in sorted(self.done)], "w", rename=self.path)
+            self._write(self.ordered, [self.done[i] for i in sorted(self.done)], "w", rename=self.path)
             self.partial.unlink(missing_ok=True)
 
     def _write(self, path: Path, items: list[Item], mode: str, rename: Path | None = None) -> None:
@@ -158,7 +161,7 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
     """
     prompts = read_prompts(args.input_file)
     first = is_first()
-    results = Results(args.output_file if first else None, prompts, args.resume)
+    results = Results(args.output_file if first else None, Path(args.input_file), prompts, args.resume)
     model_args = Checkpoint(args.ckpt_path, args.config).args
     tokenizer = load_tokenizer(args.ckpt_path)
     ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in prompts]
@@ -181,8 +184,8 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
                     if first:
                         item = result(request.index, prompts[request.index], request)
                         asked = item.get("prompt") or item["messages"][-1]["content"]
-                        bar.write(f"Prompt: {asked}\nCompletion: {item['completion']}\n")
                         results.add(request.index, item)
+                        bar.write(f"Prompt: {asked}\nCompletion: {item['completion']}\n")
     finally:
         signal.signal(signal.SIGINT, previous)
     if first:

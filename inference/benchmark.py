@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmark_kernels import PEERS, captured, figure, run_kernels, time_of
 from checkpoint import Checkpoint, check_split, load_model
-from config import ModelArgs
+from config import GEMMS, MAX_DRAFTS, ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
 from errors import InputError, is_first, positive, run_command
@@ -80,6 +80,8 @@ def build(options: argparse.Namespace) -> Bench:
     checkpoint = Checkpoint(options.ckpt_path) if options.ckpt_path else None
     args = checkpoint.args if checkpoint else ModelArgs.load(options.config)
     if options.n_layers:
+        if options.n_layers > args.n_layers:
+            raise InputError(f"--n-layers {options.n_layers}: the model has {args.n_layers}")
         args = replace(args, n_layers=options.n_layers, n_dense_layers=min(args.n_dense_layers, options.n_layers))
     if options.mtp and not args.n_mtp_layers:
         raise InputError(f"--mtp {options.mtp}: the model has no MTP modules")
@@ -116,6 +118,8 @@ def make_engine(bench: Bench, rows: int, length: int) -> Engine:
     max_seq_len = options.max_seq_len or length
     if max_seq_len < length:
         raise InputError(f"--max-seq-len {max_seq_len}: the cases need {length}")
+    if length > bench.args.max_seq_len:
+        raise InputError(f"a case needs {length} tokens; the model has {bench.args.max_seq_len} positions")
     rule = verify if options.accept_rate is None else accepting(options.accept_rate)
     settings = {"prefill_chunk": options.prefill_chunk, "cuda_graph": options.cuda_graph, "verify": rule}
     return Engine(bench.model, rows, max_seq_len, n_drafts=options.mtp, **settings)
@@ -358,8 +362,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch the kernels one by one")
     add("--max-seq-len", type=positive, metavar="N", help="tokens of a row of the cache (default: what a case needs)")
     add("--prefill-chunk", type=positive, default=PREFILL_CHUNK, metavar="N", help="prompt tokens a pass")
-    gemms = ("auto", "fp8", "w8a16", "bf16")
-    add("--gemm", choices=gemms, default="auto", help="arithmetic of FP8 weights (default auto)")
+    add("--gemm", choices=GEMMS, default="auto", help="arithmetic of FP8 weights (default auto)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
     add("--profile", type=Path, metavar="FILE", help="chrome traces of a decode case and of prefill, top kernels")
@@ -371,8 +374,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--batch-size and --prefill name no case: there is nothing to time")
     if options.n_layers and not options.dummy_weights:
         raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
-    if not 0 <= options.mtp <= 16:
-        raise InputError(f"--mtp {options.mtp}: wanted 0 to 16")
+    if not 0 <= options.mtp <= MAX_DRAFTS:
+        raise InputError(f"--mtp {options.mtp}: wanted 0 to {MAX_DRAFTS}")
     if options.accept_rate is not None and not (0 <= options.accept_rate <= 1 and options.mtp):
         raise InputError(f"--accept-rate {options.accept_rate}: wanted 0 to 1, and --mtp")
     return options

@@ -21,7 +21,7 @@ def problems(what: str, found: Sequence[str]) -> InputError:
 
 def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -48,6 +48,9 @@ def run_command(main: Callable[[], None]) -> None:
         if "gloo/transport" not in str(error) and type(error).__name__ != "DistBackendError":
             raise
         print("error: the connection to another rank is lost: it was killed or failed, see above", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read our output has seen enough, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
         sys.exit(1)
     except KeyboardInterrupt as stop:
         if is_first():  # every rank is interrupted, and only rank 0 knows what is finished

@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from config import GEMMS, MAX_DRAFTS
 from errors import InputError, is_first, positive, run_command
 
 # Matrices of this width are multiplied before a second CPU thread has woken up: the tiny model decodes at 170 tokens/s
@@ -53,8 +54,7 @@ def parse_arguments() -> Namespace:
     add("--prefill-chunk", type=positive, default=4096, metavar="N", help="prompt tokens a pass (default 4096)")
     add("--mtp", type=int, metavar="N", help="drafted tokens a step (default: one per MTP module; 0 is off)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    gemms = ("auto", "fp8", "w8a16", "bf16")
-    add("--gemm", choices=gemms, default="auto", help="arithmetic of FP8 weights (default auto)")
+    add("--gemm", choices=GEMMS, default="auto", help="arithmetic of FP8 weights (default auto)")
     add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch a step's kernels one by one")
     add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
     args = parser.parse_args()
@@ -62,8 +62,8 @@ def parse_arguments() -> Namespace:
         parser.error("--output-file and --logprobs go with --input-file")
     if not args.output_file and (args.resume or args.logprobs is not None):
         parser.error("--resume and --logprobs go with --output-file")
-    if args.mtp is not None and args.mtp < 0:
-        parser.error("--mtp: wanted 0 or more")
+    if args.mtp is not None and not 0 <= args.mtp <= MAX_DRAFTS:
+        parser.error(f"--mtp: wanted 0 to {MAX_DRAFTS}")
     return args
 
 

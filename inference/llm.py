@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 
 import torch
 
 from checkpoint import Checkpoint, load_model, tensor_specs
-from config import ModelArgs
+from config import GEMMS, MAX_DRAFTS, ModelArgs
 from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
 from kernel import has_e4m3
@@ -100,7 +102,16 @@ class LLM:
         self.tokenizer = load_tokenizer(path)
         self.stop_ids = stop_ids(path, self.tokenizer)
         self.max_seq_len = cache_length(args, max_seq_len)
-        max_batch_size = max_batch_size or args.max_batch_size
+        max_batch_size = args.max_batch_size if max_batch_size is None else max_batch_size
+        for name, value, low, high in (
+            ("max_batch_size", max_batch_size, 1, 2**31),
+            ("prefill_chunk", prefill_chunk, 1, 2**31),
+            ("mtp", mtp or 0, 0, MAX_DRAFTS),
+        ):
+            if type(value) is not int or not low <= value <= high:
+                raise InputError(f"--{name.replace('_', '-')} {value}: wanted {low} to {high}")
+        if gemm not in GEMMS:
+            raise InputError(f"--gemm {gemm}: wanted one of {', '.join(GEMMS)}")
         if mtp and not args.n_mtp_layers:
             raise InputError(f"--mtp {mtp}: the checkpoint has no MTP modules")
         n_drafts = args.n_mtp_layers if mtp is None else mtp
@@ -126,8 +137,6 @@ class LLM:
             if parallel.sums:
                 print(parallel.sums, file=sys.stderr)
         load_model(self.model, checkpoint, parallel, progress=verbose)
-        if torch_device.type == "cpu":
-            self.model.head.float()  # logits are fp32, and a CPU would widen the weight at every step
         options = prefill_chunk, keep_prefix, cuda_graph
         self.engine = Engine(self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, *options)
         if verbose and parallel.rank == 0:
@@ -226,7 +235,7 @@ def check_ids(ids: list[int], vocab_size: int, max_seq_len: int, where: str = "t
     """Raises InputError, beginning with `where`, for ids that the model or the cache cannot take."""
     if not ids:
         raise InputError(f"{where} is empty")
-    if bad := [id for id in ids if not 0 <= id < vocab_size]:
+    if bad := [id for id in ids if not isinstance(id, Integral) or not 0 <= id < vocab_size]:
         raise InputError(f"{where} has token {bad[0]}, outside the model's vocabulary of {vocab_size}")
     if len(ids) >= max_seq_len:
         raise InputError(
@@ -236,14 +245,13 @@ def check_ids(ids: list[int], vocab_size: int, max_seq_len: int, where: str = "t
 
 
 def check_memory(weights: int, cache: int, workspace: int, device: torch.device) -> None:
-    """Raises InputError when the GPU has not enough free memory for so many bytes."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
+    """Raises InputError when the GPU has not enough free memory for so many bytes, or the host not even in all."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = weights + cache + workspace
     if needed > free:
         raise InputError(
             f"{device}: needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {cache / 1e9:.1f} cache, "
-            f"{workspace / 1e9:.1f} workspace) and {free / 1e9:.1f} GB are free; use more GPUs (torchrun "
-            "--nproc-per-node), a smaller --max-batch-size or --max-seq-len"
+            f"{workspace / 1e9:.1f} workspace) and {free / 1e9:.1f} GB are {'free' if on_gpu else 'there'}; "
+            f"use {'more GPUs (torchrun --nproc-per-node), ' * on_gpu}a smaller --max-batch-size or --max-seq-len"
         )

@@ -107,7 +107,9 @@ class Parallel:
 
 
 def choose_device(device: str) -> str:
-    """ "auto" is CUDA where there is one. Raises InputError for CUDA where there is none."""
+    """ "auto" is CUDA where there is one. Raises InputError for CUDA where there is none, and for other names."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device {device}: wanted auto, cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA GPU is visible here; --device cpu works everywhere")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

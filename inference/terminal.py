@@ -14,6 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
+from errors import InputError
+
 try:
     import readline
     import termios
@@ -28,7 +30,10 @@ class Terminal:
     """Use as a context manager; with `enabled` false (ranks without a keyboard) it reads and writes nothing."""
 
     def __init__(self, enabled: bool = True):
+        if enabled and sys.stdin is None:
+            raise InputError("--interactive: stdin is closed")
         self.enabled = enabled
+        self.typed = b""  # while an answer was being printed
         self.is_tty = enabled and termios is not None and sys.stdin.isatty()
         self.signalled = False
 
@@ -64,11 +69,18 @@ class Terminal:
 
     def read_line(self) -> str | None:
         """The next line, stripped; None at the end of input."""
-        self.signalled = False
         if self.is_tty:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.at_prompt)
         try:
-            line = input("> " if self.is_tty else "")
+            line, end, rest = self.typed.partition(b"\n")
+            if end:
+                line, self.typed = line.decode(errors="surrogateescape"), rest
+                print(f"> {line}")
+            else:
+                if self.is_tty:
+                    text, self.typed = self.typed.decode(errors="replace"), b""
+                    readline.set_startup_hook(lambda: readline.insert_text(text))
+                line = input("> " if self.is_tty else "")
             line.encode()
         except EOFError:
             if self.is_tty:
@@ -77,6 +89,8 @@ class Terminal:
         except UnicodeEncodeError:
             self.note("that line is not UTF-8 text")
             return ""
+        finally:
+            self.signalled = False  # at the prompt there was nothing to interrupt
         if self.is_tty:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.answering)
         return line.strip()
@@ -85,8 +99,9 @@ class Terminal:
         """Whether Ctrl-C was pressed, or SIGINT received, since the last line was read."""
         while self.is_tty and select.select([sys.stdin], [], [], 0)[0]:
             keys = os.read(sys.stdin.fileno(), 1024)
+            self.typed += keys
             if CTRL_C in keys:
-                self.signalled = True
+                self.signalled, self.typed = True, b""
             if not keys:
                 break
         return self.signalled

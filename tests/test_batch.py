@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from batch import Results
 from checkpoints import make_hf
 from engine import Request
+from errors import InputError
 from llm import LLM
 from sampling import Sampling, SamplingParams, penalised, probabilities
 from text import StopStrings
@@ -174,6 +176,68 @@ def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
     assert f"Prompt: {first[1]['prompt']}\n" not in done.stdout
     assert all(len(item["logprobs"]) == item["completion_tokens"] for item in results)
     assert set(os.listdir(tmp_path)) == {"questions.txt", "out.jsonl"}
+
+
+def test_output_that_would_destroy_something_is_refused(tmp_path):
+    prompts = [{"prompt": "x"}]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "in").write_text("x\n")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for output, source, why in (
+        ("pipe", "in", "not a file that can be written"),
+        ("in", "in", "it would overwrite"),
+        ("link", "in", "it would overwrite"),
+        ("out", "out.incomplete", "it would overwrite"),
+        ("out", "out.incomplete.sorted", "it would overwrite"),
+    ):
+        with pytest.raises(InputError, match=why):
+            Results(str(tmp_path / output), tmp_path / source, prompts, resume=False)
+    results = Results(str(tmp_path / "link"), tmp_path / "other", prompts, resume=False)
+    results.add(0, {"index": 0})
+    results.finish()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "in").read_text() == '{"index": 0}\n'
+
+
+def test_a_result_is_written_before_it_is_printed(tmp_path):
+    """To a reader that has gone, say."""
+    (tmp_path / "in.txt").write_text("What is a kiln?\nWhat is a dog?\n")
+    arguments = ["--input-file", tmp_path / "in.txt", "--output-file", tmp_path / "out.jsonl", "--device", "cpu"]
+    process = subprocess.Popen(job(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(100) == 1 and "Traceback" not in errors and "Exception ignored" not in errors
+    assert len((tmp_path / "out.jsonl.incomplete").read_text().splitlines()) == 1
+
+
+def test_a_result_without_a_completion_is_none(tmp_path):
+    (tmp_path / "out").write_text('{"index": 0, "prompt": "x"}\n')
+    with pytest.raises(InputError, match="line 1 is no result"):
+        Results(str(tmp_path / "out"), tmp_path / "in", [{"prompt": "x"}], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gemm": "int8"}, "--gemm int8: wanted one of auto"),
+        ({"device": "gpu"}, "--device gpu: wanted auto, cuda or cpu"),
+        ({"max_batch_size": 0}, "--max-batch-size 0: wanted 1"),
+        ({"prefill_chunk": 2.5}, "--prefill-chunk 2.5: wanted 1"),
+        ({"mtp": 17}, "--mtp 17: wanted 0 to 16"),
+        ({"max_batch_size": 10**8}, "are there; use a smaller --max-batch-size"),
+    ],
+)
+def test_options_that_no_model_can_have(options, message):
+    with pytest.raises(InputError, match=message):
+        LLM(TINY, **{"device": "cpu"} | options)
+
+
+@pytest.mark.parametrize(
+    "params", [{"max_tokens": 2.5}, {"temperature": "0"}, {"top_k": None}, {"logprobs": 0.5}, {"stop": ("x", 1)}]
+)
+def test_settings_of_another_type(params):
+    with pytest.raises(InputError, match=f"^{next(iter(params))} is "):
+        SamplingParams(**params)
+    assert SamplingParams(stop=["x"]).stop == ("x",)
 
 
 def test_results_of_other_prompts_are_not_resumed(tmp_path):

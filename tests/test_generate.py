@@ -333,6 +333,39 @@ def test_chat_at_a_terminal(folder, tmp_path, terminal):
     assert (tmp_path / ".deepseek_v3_history").read_text().splitlines()[-2:] == ["three", "/bogus"]
 
 
+def test_lines_typed_during_an_answer_are_the_next_ones(terminal, monkeypatch, tmp_path, capsys):
+    master, slave = terminal
+    monkeypatch.setattr("terminal.HISTORY", tmp_path / "history")
+    with open(slave, closefd=False) as keyboard:
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        with Terminal() as chat:
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, chat.answering)
+            for keys, typed in (("one\rtwo\rthr", b"one\ntwo\nthr"), ("ee\r", b"one\ntwo\nthree\n")):
+                os.write(master, keys.encode())
+                deadline = time.monotonic() + 10
+                while chat.typed != typed:
+                    assert not chat.interrupted() and time.monotonic() < deadline
+            assert [chat.read_line(), chat.read_line()] == ["one", "two"]
+            assert capsys.readouterr().out == "> one\n> two\n"
+            os.write(master, b"x\x03")
+            while not chat.interrupted():
+                assert time.monotonic() < deadline
+            assert chat.typed == b"", "Ctrl-C drops what was typed"
+
+
+def test_a_signal_at_the_prompt_stops_no_answer(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with Terminal() as chat:
+        monkeypatch.setattr("builtins.input", lambda prompt: (signal.raise_signal(signal.SIGINT), "hello")[1])
+        assert chat.read_line() == "hello" and not chat.interrupted()
+
+
+def test_a_chat_needs_a_keyboard(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="stdin is closed"):
+        Terminal()
+
+
 def test_the_terminal_is_restored_when_the_job_is_ended(terminal, monkeypatch, tmp_path):
     """torchrun ends the ranks with SIGTERM when one of them dies."""
     _, slave = terminal
@@ -717,12 +750,15 @@ def test_chat_templates(spoiled, input_file, tmp_path, command):
     assert code == 0 and err.count("[the chat template does not take") == 2
 
 
-def test_too_little_gpu_memory(monkeypatch):
+def test_too_little_memory(monkeypatch):
     free = int(20e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, int(80e9)))
     gpu = torch.device("cuda", 3)
     check_memory(int(15e9), int(4e9), int(0.9e9), gpu)
-    check_memory(int(90e9), 0, 0, torch.device("cpu"))
+    monkeypatch.setattr(os, "sysconf", lambda name: 10**5)
+    check_memory(int(9e9), int(0.5e9), 0, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"^cpu: needs 11\.0 GB .* 10\.0 GB are there; use a smaller --max-batch-size"):
+        check_memory(int(9e9), int(2e9), 0, torch.device("cpu"))
     with pytest.raises(InputError, match=r"^cuda:3: needs 21\.5 GB \(15\.0 weights, 4\.0 cache, 2\.5 .*20\.0 GB are"):
         check_memory(int(15e9), int(4e9), int(2.5e9), gpu)
 
@@ -734,6 +770,7 @@ def test_too_little_gpu_memory(monkeypatch):
         ["--interactive", "--max-batch-size", "-3"],
         ["--interactive", "--prefill-chunk", "1.5"],
         ["--interactive", "--mtp", "-1"],
+        ["--interactive", "--mtp", "17"],
         ["--interactive", "--output-file", "out"],
         ["--interactive", "--input-file", "in"],
         [],
