@@ -339,7 +339,7 @@ def main() -> None:
     max_seq_len = cache_length(model, options.max_seq_len)
     sizes = {"max_batch_size": options.max_batch_size or model.max_batch_size, "max_seq_len": max_seq_len}
     how = ", whole experts each" if expert_parallel and mp > 1 else ""
-    print(f"{options.config or options.ckpt_path}: {model.dtype} weights, {mp} rank{'s' * (mp > 1)}{how}\n")
+    print(f"{options.config or options.ckpt_path}: {model.dtype} weights, {mp} rank{'s' * (mp > 1)}{how}\n", flush=True)
     print(model_table(model, mp, expert_parallel, **sizes))
     ranks = splits(model, expert_parallel)
     working = ranks.pop("")
