@@ -97,7 +97,7 @@ def experts_ref(
         return torch.cat([product(x, weight[e], None if scale is None else scale[e], scale_fmt) for e, x in parts])
 
     # For a row or two oneDNN prepares a product longer than PyTorch's own takes.
-    with flags(False, None, None, None) if M <= 4 else nullcontext():
+    with flags(False, None, None, None) if sum(sizes) <= 2 * len(sizes) else nullcontext():
         h = silu_mul_ref(grouped(gate_and_up, x[routing.order[: sum(sizes)] // K], *w13))
         y = grouped(linear, h, *w2)
     y = F.pad(y, (0, 0, 0, M * K - len(y)))[routing.order.argsort()].unflatten(0, (M, K))  # back in the pairs' order
