@@ -82,18 +82,18 @@ class Results:
 
     def __init__(self, path: str | None, input_file: Path, prompts: list[Item], resume: bool):
         """Raises InputError when nothing could be written there, or `resume` finds results of other prompts."""
-        self.path = None if path is None else Path(path)
+        # What a link points to is replaced, not the link.
+        self.path = None if path is None else Path(os.path.realpath(path))
         self.done: dict[int, Item] = {}
         if self.path is None:
             return
-        folder = self.path.resolve().parent
+        folder = self.path.parent
         if not folder.is_dir():
             raise InputError(f"--output-file {path}: no folder {folder}")
-        self.path = self.path.resolve()  # what a link points to is replaced, not the link
         if (self.path.exists() and not self.path.is_file()) or not os.access(folder, os.W_OK):
             raise InputError(f"--output-file {path}: not a file that can be written")
         self.partial, self.ordered = (Path(f"{self.path}.incomplete{end}") for end in ("", ".sorted"))
-        if input_file.resolve() in (self.path, self.partial, self.ordered):
+        if Path(os.path.realpath(input_file)) in (self.path, self.partial, self.ordered):
             raise InputError(f"--output-file {path}: it would overwrite --input-file {input_file}")
         if not resume:
             self.partial.unlink(missing_ok=True)

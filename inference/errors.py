@@ -38,6 +38,8 @@ def run_command(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that is gone can be dealt with
     except InputError as error:
         if not is_first():
             time.sleep(1)  # most errors occur on every rank: rank 0 tells, and torchrun ends the others meanwhile

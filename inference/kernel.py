@@ -10,6 +10,7 @@ e4m3 is `torch.float8_e4m3fn` (largest value 448). Dimension letters: M tokens, 
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ E4M3_MAX = 448.0
 MIN_AMAX = 1e-4  # keeps the scale of an all-zero group away from 0
 UE8M0 = "ue8m0"
 W8A16 = "w8a16"  # in place of a scale format: activations are not quantised
+FROM_THREADS = threading.Lock()  # two threads that launch a kernel for the first time would both compile and load it
 
 
 def cdiv(a: int, b: int) -> int:
@@ -188,7 +190,8 @@ def weight_quant(w: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.T
     N, K = w.shape
     grid = (cdiv(N, BLOCK_SIZE), cdiv(K, BLOCK_SIZE))
     y, scale = torch.empty_like(w, dtype=E4M3), w.new_empty(grid, dtype=torch.float32)
-    weight_quant_kernel[grid](w, y, scale, N, K, MIN_AMAX, E4M3_MAX, scale_fmt == UE8M0, BLOCK_SIZE)
+    with FROM_THREADS:
+        weight_quant_kernel[grid](w, y, scale, N, K, MIN_AMAX, E4M3_MAX, scale_fmt == UE8M0, BLOCK_SIZE)
     return y, scale
 
 
@@ -220,7 +223,8 @@ def weight_dequant(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     if not on_gpu(w) or not has_e4m3(w.device):
         return weight_dequant_ref(w, scale, dtype)
     y = torch.empty(N, K, dtype=dtype, device=w.device)
-    weight_dequant_kernel[grid](w.contiguous(), scale.contiguous(), y, N, K, BLOCK_SIZE)
+    with FROM_THREADS:
+        weight_dequant_kernel[grid](w.contiguous(), scale.contiguous(), y, N, K, BLOCK_SIZE)
     return y
 
 

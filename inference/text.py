@@ -33,7 +33,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             tokenizer.encode("a")  # some of its settings are not looked at before
         return tokenizer
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever the library makes of a garbled file; its panics are no Exception
         raise InputError(f"{folder}: tokenizer does not load: {type(error).__name__}: {error}") from None
@@ -42,6 +42,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 @contextmanager
 def hushed() -> Iterator[None]:
     """Without the process's stderr, to which a library in Rust writes a page before its panic becomes an exception."""
+    if sys.stderr is None:  # closed by whoever started us
+        yield
+        return
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

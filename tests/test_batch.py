@@ -232,7 +232,8 @@ def test_options_that_no_model_can_have(options, message):
 
 
 @pytest.mark.parametrize(
-    "params", [{"max_tokens": 2.5}, {"temperature": "0"}, {"top_k": None}, {"logprobs": 0.5}, {"stop": ("x", 1)}]
+    "params",
+    [{"max_tokens": 2.5}, {"temperature": "0"}, {"top_k": None}, {"logprobs": 0.5}, {"stop": ("x", 1)}, {"stop": "x"}],
 )
 def test_settings_of_another_type(params):
     with pytest.raises(InputError, match=f"^{next(iter(params))} is "):
