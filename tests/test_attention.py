@@ -234,18 +234,17 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("block_m", [16, 32, 64])
-def test_gpu_latent_attention_each_way(block_m, swap, monkeypatch):
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize(("B", "queries"), [(5, 16), (5, 21), (64, 128)])
+def test_gpu_latent_attention_each_way(B, queries, hopper, monkeypatch):
     """Every way to run the kernel that latent_config may choose, on queries that fill no tile."""
     poison_new_memory(monkeypatch.setattr)
     starts, S, H = [0, 63, 64, 1000, 2043], 3, 7
     q, cache, rows, positions = (x.cuda() for x in latent_case(starts, S, H, 128, 32, torch.bfloat16, 2045))
     exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, 2045, 0.7, 128)
-    for stages in (1, 2):
-        config = LatentConfig(block_m, 64, swap, num_warps=4, num_stages=stages)
-        for splits in (1, 6):
-            check_latent(launch_latent(q, cache, rows, positions, 0.7, 128, config, splits), exact)
+    config = latent_config(B, queries, q.dtype, hopper)
+    for splits in (1, 6):
+        check_latent(launch_latent(q, cache, rows, positions, 0.7, 128, config, splits), exact)
 
 
 @pytest.mark.gpu

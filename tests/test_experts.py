@@ -55,10 +55,10 @@ def silu_mul_exact(gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> 
     return rounded(rounded(F.silu(rounded(gate))) * rounded(up))
 
 
-def experts_exact(x, w13, w2, scale_fmt, weights, indices, first, dtype) -> torch.Tensor:
+def experts_exact(x, w13, w2, scale_fmt, weights, indices, first, dtype, inner_fp8=True) -> torch.Tensor:
     """
     The equation, expert by expert in float64, for x and weights as the products see them. With scales the inner
-    activation is rounded to `dtype` and then to e4m3, as it is on the way to w2.
+    activation is rounded to `dtype` and then, where `inner_fp8`, to e4m3, as it is on the way to w2.
     """
     fp8 = w13[1] is not None
     x = double(x.values, x.scale, rows=1) if fp8 else x.double()
@@ -70,7 +70,7 @@ def experts_exact(x, w13, w2, scale_fmt, weights, indices, first, dtype) -> torc
         halves = zip(w13[0][e], w13[1][e] if fp8 else (None, None), strict=True)
         gate, up = (x[token] @ double(w, s).T for w, s in halves)
         h = silu_mul_exact(gate, up, dtype)
-        if fp8:
+        if fp8 and inner_fp8:
             h = double(*act_quant_ref(h.to(dtype), scale_fmt), rows=1)
         down = h @ double(w2[0][e], w2[1][e] if fp8 else None).T
         y[token, choice] = down * weights[token, choice, None].double()
@@ -87,26 +87,47 @@ def choices(M: int, K: int, E: int, how: str, n_shared: int = 0) -> torch.Tensor
     return torch.cat([preference.argsort(1, descending=True)[:, :K], shared], 1).int()
 
 
-def assert_e4m3_of(found: Quantised, exact: torch.Tensor, scale_fmt: str | None, case=None) -> None:
+def assert_e4m3_of(
+    found: Quantised, gate: torch.Tensor, up: torch.Tensor, near: torch.Tensor | float, dtype, scale_fmt, case=None
+) -> None:
     """
-    The scales and codes of `exact` up to what rounding to bf16 three times before may change: scales by 2^-6, codes to
-    a neighbour. Triton's interpreter cuts off for bf16, and loses a carry on the way to e4m3 (see test_kernel.py).
+    The scales and codes of silu(gate) * up: for each code, some gate and up within `near` of the exact ones, rounded to
+    `dtype` three times on the way, have it. Triton's interpreter cuts off for bf16, and loses a carry on the way to
+    e4m3 (see test_kernel.py).
     """
-    plain = F.pad(exact, (0, -exact.shape[1] % 128)).unflatten(1, (-1, 128)).abs().amax(2).clamp(min=1e-4) / 448
-    scale, slack = found.scale.double(), 1 + (2.0**-5 if triton.knobs.runtime.interpret else 2.0**-6)
-    assert scale.shape == plain.shape, case
+    interpreted = triton.knobs.runtime.interpret
+    bf16 = 2.0**-7 if interpreted else 2.0**-8
+    gates, ups = ([x - off, x + off] for x, off in ((x, near + x.abs() * bf16) for x in (gate, up)))
+    corners = torch.stack([F.silu(g) * u for g in gates for u in ups])
+    corners = torch.cat([corners * (1 - 2 * bf16), corners * (1 + 2 * bf16)])
+    exact, least, most = silu_mul_exact(gate, up, dtype), corners.amin(0), corners.amax(0)
+
+    def group_scales(sizes: torch.Tensor) -> torch.Tensor:
+        return F.pad(sizes, (0, -sizes.shape[1] % 128)).unflatten(1, (-1, 128)).amax(2).clamp(min=1e-4) / 448
+
+    scale = found.scale.double()
+    smallest = group_scales(torch.where(least * most > 0, torch.minimum(least.abs(), most.abs()), 0.0))
+    largest = group_scales(torch.maximum(least.abs(), most.abs()))
+    assert scale.shape == largest.shape, case
     if scale_fmt:
         assert (torch.frexp(found.scale)[0] == 0.5).all(), case
-        assert ((scale * slack >= plain) & (scale < 2 * plain * slack)).all(), case
-    else:
-        assert ((scale <= plain * slack) & (plain <= scale * slack)).all(), case
-    wanted = (exact / scale.repeat_interleave(128, 1)[:, : exact.shape[1]]).clamp(-448, 448).to(E4M3)
-    wanted, codes = wanted.view(torch.uint8).int(), found.values.view(torch.uint8).int()
-    normal = wanted & 0x78 != 0
-    if triton.knobs.runtime.interpret:
-        normal &= (wanted + 1) & 7 > 2  # neither side of a carry
-    off = (codes - wanted).abs()[normal]
-    assert off.max() <= 1 and off.float().mean() < (0.3 if triton.knobs.runtime.interpret else 0.1), case
+    # Between them there is the exact one, in fp32; as a power of two, less than twice as large.
+    assert ((scale * (1 + 1e-6) >= smallest) & (scale < (2 if scale_fmt else 1) * largest * (1 + 1e-6))).all(), case
+
+    scale = scale.repeat_interleave(128, 1)[:, : exact.shape[1]]
+    least, wanted, most = (ordered_codes(x / scale) for x in (least, exact, most))
+    codes = ordered_codes(found.values)
+    inside = (least <= codes) & (codes <= most)
+    if interpreted:
+        inside |= (wanted.abs() < 8) | ((wanted.abs() + 1) & 7 <= 2)  # tiny, or beside a carry
+    assert inside.all(), (case, codes[~inside], wanted[~inside])
+    assert (codes != wanted).double().mean() < (0.3 if interpreted else 0.1), case
+
+
+def ordered_codes(x: torch.Tensor) -> torch.Tensor:
+    """The e4m3 codes of x as numbers that are in the order of the values."""
+    codes = x.clamp(-448, 448).to(E4M3).view(torch.uint8).int() if x.dtype != E4M3 else x.view(torch.uint8).int()
+    return torch.where(codes < 128, codes, 128 - codes)
 
 
 # --- each operation, on any device ------------------------------------------------------------------------------------
@@ -122,16 +143,19 @@ def check_gated(device: str, M: int, inter: int, D: int, dtype: torch.dtype, fp8
         with poisoned():
             found = gated_linear(given, weight, scale, scale_fmt)
         x64 = double(given.values, given.scale, rows=1) if fp8 else x.double()
-        gate, up = (x64 @ double(half, None if scale is None else scale[i]).T for i, half in enumerate(weight))
-        exact = silu_mul_exact(gate, up, dtype)
+        w64 = [double(half, None if scale is None else scale[i]) for i, half in enumerate(weight)]
+        gate, up = (x64 @ half.T for half in w64)
         if isinstance(found, Quantised):
             assert found.x is None and found.values.shape == (M, inter) and found.scale.stride() == (1, M), case
-            assert_e4m3_of(found, exact, scale_fmt, case)
+            # FP8 units cut each product off at about 2^-13 of the largest; that is 2.3 * 2^-13 of the terms' norm, rms.
+            near = torch.stack([(x64**2 @ (half**2).T).sqrt() for half in w64]).amax(0) * 2.0**-9
+            assert_e4m3_of(found, gate, up, near, dtype, scale_fmt, case)
             with poisoned():  # an activation that was not quantised before
                 again = gated_linear(x, weight, scale, scale_fmt)
             assert torch.equal(again.values.view(torch.uint8), found.values.view(torch.uint8)), case
         else:
             assert found.dtype == dtype and found.shape == (M, inter), case
+            exact = silu_mul_exact(gate, up, dtype)
             assert relative(found, exact) < (2.0**-7 if dtype == torch.bfloat16 else 2e-6), case
         assert not counters(x.device).any()
 
@@ -140,7 +164,14 @@ def check_experts(
     device: str, M: int, E: int, D: int, inter: int, K: int, n_shared: int, blocks, dtype, fp8: bool, most: float,
     hows=("random", "skewed"), scale_fmts=SCALE_FMTS,
 ) -> None:  # fmt: skip
-    """All experts at once, then halves of them: the halves add up, and are zero where the other serves."""
+    """
+    All experts at once, then halves of them: the halves add up, and are zero where the other serves.
+
+    In FP8, an inner activation near the middle of two codes may be rounded to either, up to 2^-3 apart, for a product
+    that is off by d. That is 2^-13 on FP8 units, which makes sqrt(d 2^-8) after the rounding to bf16, and with e4m3's
+    steps of 2^-3 sqrt(sqrt(d 2^-8) 2^-3) = 2^-6.75, about 0.01. Either rounding is as good: what is compared with the
+    products without it has to be as near as the reference.
+    """
     x = random(M, D, dtype=dtype, device=device)
     w13 = random((E + n_shared) * 2, inter, D, seed=1, device=device).unflatten(0, (-1, 2)) / D**0.5
     w2 = random(E + n_shared, D, inter, seed=2, device=device) / inter**0.5
@@ -150,7 +181,10 @@ def check_experts(
         given = Quantised(x, *act_quant(x, scale_fmt)) if fp8 else x
         indices = choices(M, K, E, how, n_shared)
         weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
-        exact = experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype)
+        exact, wide = (
+            experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype, inner_fp8)
+            for inner_fp8 in (True, False)
+        )
         for block in blocks or (pair_block(x, indices.numel(), E + n_shared, fp8),):
             parts = [(0, E + n_shared), (0, E // 2), (E // 2, E + n_shared - E // 2)]
             results = []
@@ -165,8 +199,10 @@ def check_experts(
                 here = ((indices >= first) & (indices < first + n_local)).to(device)
                 assert not found[~here].any(), case
                 assert relative(found[here], exact[here]) < most, (case, relative(found[here], exact[here]))
+                if fp8:
+                    assert relative(found[here], wide[here]) < 1.05 * relative(exact[here], wide[here]) + 2.0**-10, case
                 pairs = (found[here].double() - exact[here]).norm(dim=1) / exact[here].norm(dim=1)
-                assert pairs.max() < 8 * most, (case, pairs.max())
+                assert pairs.max() < min(8 * most, 2.0**-3), (case, pairs.max())
                 results.append(found)
             whole, *halves = (result.double() for result in results)
             assert relative(halves[0] + halves[1], whole) < most, (M, E, how, block)
@@ -248,7 +284,7 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
             h_scale = torch.full((cdiv(inter, 128), P), torch.nan).t()
             inputs = before_nans(values), strided_before_nans(column_major)
             launch_gemm(*inputs, *weights, h, h_scale, scale_fmt, gated=True, **options)
-            assert_e4m3_of(Quantised(None, h, h_scale), silu_mul_exact(gate, up, torch.float64), scale_fmt, case)
+            assert_e4m3_of(Quantised(None, h, h_scale), gate, up, 0.0, torch.float64, scale_fmt, case)
 
     # Scattered to the pairs' own order, times their weights.
     h, h_scale = act_quant_ref(exact.float())
@@ -305,7 +341,7 @@ def test_gpu_gated_linear(inter, D):
 def test_gpu_experts_of_v3s_width(M, inter):
     """32 experts and a shared one, whole and an eighth of each."""
     scale_fmts = ("ue8m0",) if M in (2, 64, 1000) else (None,)
-    check_experts("cuda", M, 32, 7168, inter, 8, 1, None, torch.bfloat16, True, 0.01, scale_fmts=scale_fmts)
+    check_experts("cuda", M, 32, 7168, inter, 8, 1, None, torch.bfloat16, True, 0.02, scale_fmts=scale_fmts)
 
 
 V2_LITE = [(M, *kind) for M in (1, 7, 16, 65, 1000, 4096) for kind in (("bf16", 1408), ("bf16", 176), ("fp8", 1408))]
@@ -316,7 +352,7 @@ V2_LITE = [(M, *kind) for M in (1, 7, 16, 65, 1000, 4096) for kind in (("bf16", 
 def test_gpu_experts_of_v2_lite(M, dtype, inter):
     """64 experts and two shared ones, in bf16, as released; an eighth of an expert is in no whole blocks."""
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    most = {"bf16": 0.005, "fp8": 0.01, "fp32": 1e-5}[dtype]
+    most = {"bf16": 0.005, "fp8": 0.02, "fp32": 1e-5}[dtype]
     check_experts("cuda", M, 64, 2048, inter, 6, 2, None, kind, dtype == "fp8", most, scale_fmts=(None,))
 
 
@@ -325,7 +361,7 @@ def test_gpu_experts_of_v2_lite(M, dtype, inter):
 def test_gpu_experts_in_tiles_of_any_size(block):
     """Also with sizes that fill no block, and the same again: nothing depends on which program comes last."""
     for fp8, inter in ((True, 256), (True, 200), (False, 256)):
-        check_experts("cuda", 50, 9, 456, inter, 3, 0, (block,), torch.bfloat16, fp8, 0.01)
+        check_experts("cuda", 50, 9, 456, inter, 3, 0, (block,), torch.bfloat16, fp8, 0.02 if fp8 else 0.005)
     x, w = random(3, 7168, dtype=torch.bfloat16, device="cuda"), random(2, 256, 7168, device="cuda")
     weight, scale = quantised_stack(w, None)
     first = gated_linear(x, weight, scale, None)

@@ -96,7 +96,9 @@ def before_nans(x: torch.Tensor) -> torch.Tensor:
 
 
 def equal_bits(x: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return x.dtype == wanted.dtype and torch.equal(x.cpu().view(torch.uint8), wanted.cpu().view(torch.uint8))
+    if (x.dtype, x.shape) != (wanted.dtype, wanted.shape):
+        return False
+    return torch.equal(*(t.cpu().reshape(-1).view(torch.uint8) for t in (x, wanted)))
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -66,11 +66,16 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(5, 520, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(x: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The larger of the relative errors in the Euclidean and in the maximum norm; NaN if there is one."""
+def both_errors(x: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    """The relative errors in the Euclidean and in the maximum norm; NaN if there is one."""
     assert x.shape == wanted.shape
     diff = (x - wanted).double()
-    return torch.stack([diff.norm() / wanted.norm(), diff.abs().max() / wanted.abs().max()]).max().item()
+    return torch.stack([diff.norm() / wanted.norm(), diff.abs().max() / wanted.abs().max()]).tolist()
+
+
+def error(x: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The larger of the two."""
+    return max(both_errors(x, wanted), key=lambda value: (value != value, value))
 
 
 def greedy(model: Transformer, tokens: torch.Tensor, new: int) -> torch.Tensor:
@@ -587,7 +592,12 @@ def test_fp8_arithmetic_is_that_of_the_references_and_near_bf16(monkeypatch, dev
     wide, chosen_in_bf16 = run(dequantised_model(model))
     assert torch.equal(chosen.sort(-1).values, chosen_by_references.sort(-1).values)
     assert torch.equal(chosen.sort(-1).values, chosen_in_bf16.sort(-1).values)
-    assert torch.cosine_similarity(found, by_references, dim=-1).min() > 0.9999
+    # Each rounding to e4m3 goes either way for a last bit before it, so the two differ; both are as near to the exact.
+    off, off_by_references = found - wide, by_references - wide
+    assert off.norm() < 1.02 * off_by_references.norm()
+    assert (off.norm(dim=-1) < 1.15 * off_by_references.norm(dim=-1)).all()
+    if device == "cpu":
+        assert torch.cosine_similarity(found, by_references, dim=-1).min() > 0.9999
     assert torch.cosine_similarity(found, wide, dim=-1).min() > 0.999
 
 
@@ -641,15 +651,16 @@ def as_tensor(y: torch.Tensor | Quantised) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_fp8_products_in_their_places(load, monkeypatch, kind, scale_fmt):
     """Each of the model's products on the GPU, given the inputs that it gets there: as on the CPU."""
-    # Rounded to bf16; to e4m3, half a step of 2^-3; and to bf16 from an e4m3 that may have been rounded to a neighbour.
-    allowed = {"linear": 2.0**-7, "gated_linear": 2.0**-4 * 1.1, "experts": 0.02}
+    # In the Euclidean and the maximum norm. Rounded to bf16; to e4m3, half a step of 2^-3; and products of e4m3 of
+    # which some were rounded to a neighbour: 2^-6.75 in the mean, see test_experts.py.
+    allowed = {"linear": (2.0**-9, 2.0**-7), "gated_linear": (2.0**-5, 2.0**-4 * 1.1), "experts": (2.0**-6, 2.0**-4)}
     errors = {name: [] for name in allowed}
 
     def compare(name: str, op):
         def run(*inputs, **options):
             found = op(*inputs, **options)
             wanted = as_tensor(op(*map(on_cpu, inputs), **options))
-            errors[name].append(error(as_tensor(on_cpu(found)).float(), wanted.float()))
+            errors[name].append(both_errors(as_tensor(on_cpu(found)).float(), wanted.float()))
             return found
 
         return run
@@ -661,7 +672,8 @@ def test_gpu_fp8_products_in_their_places(load, monkeypatch, kind, scale_fmt):
     for length in (1, 3, LENGTH):
         model(random_tokens(2, length).cuda())
     for name, most in allowed.items():
-        assert errors[name] and max(errors[name]) < most, (name, errors[name])
+        assert errors[name], name
+        assert all(a < b for found in errors[name] for a, b in zip(found, most, strict=True)), (name, errors[name])
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
