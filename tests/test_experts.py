@@ -169,8 +169,8 @@ def check_experts(
 
     In FP8, an inner activation near the middle of two codes may be rounded to either, up to 2^-3 apart, for a product
     that is off by d. That is 2^-13 on FP8 units, which makes sqrt(d 2^-8) after the rounding to bf16, and with e4m3's
-    steps of 2^-3 sqrt(sqrt(d 2^-8) 2^-3) = 2^-6.75, about 0.01. Either rounding is as good: what is compared with the
-    products without it has to be as near as the reference.
+    steps of 2^-3 sqrt(sqrt(d 2^-8) 2^-3) = 2^-6.75, about 0.01, in the mean of many pairs. Either rounding is as good:
+    what is compared with the products without it has to be as near as the reference.
     """
     x = random(M, D, dtype=dtype, device=device)
     w13 = random((E + n_shared) * 2, inter, D, seed=1, device=device).unflatten(0, (-1, 2)) / D**0.5
@@ -198,7 +198,8 @@ def check_experts(
                 assert found.shape == exact.shape and found.dtype == dtype, case
                 here = ((indices >= first) & (indices < first + n_local)).to(device)
                 assert not found[~here].any(), case
-                assert relative(found[here], exact[here]) < most, (case, relative(found[here], exact[here]))
+                off = relative(found[here], exact[here])
+                assert off < (2.0**-3 if fp8 and here.sum() < 64 else most), (case, off)
                 if fp8:
                     assert relative(found[here], wide[here]) < 1.05 * relative(exact[here], wide[here]) + 2.0**-10, case
                 pairs = (found[here].double() - exact[here]).norm(dim=1) / exact[here].norm(dim=1)
