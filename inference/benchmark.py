@@ -226,12 +226,15 @@ def engine_decode(bench: Bench, engine: Engine, rows: int, length: int) -> tuple
 
 @dataclass
 class Result:
-    """One case; `ms` is a decode step of the device alone, or a whole prefill. None: unknown here."""
+    """
+    One case; `ms` is a decode step of the device alone, or a whole prefill, one after the other. None: unknown here.
+    """
 
     case: str
     ms: float
     engine_ms: float
     tokens_per_s: float
+    rested_ms: float | None = None  # a prefill after a pause: under long load a GPU's power limit lowers its clock
     floor_ms: float | None = None
     over_floor: float | None = None
     peak_gb: float | None = None
@@ -279,6 +282,19 @@ def run_decode(bench: Bench, engine: Engine, rows: int, length: int) -> Result:
     return result(bench, case, seconds, floor, **more)
 
 
+def rested(run: Callable[[], Any]) -> float:
+    """Seconds of a run that follows a second's pause: the median of three."""
+    found = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        time.sleep(1)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
 def run_prefill(bench: Bench, rows: int, length: int) -> Result:
     case = f"prefill {rows} x {length}"
     engine = make_engine(bench, rows, length + 1)
@@ -289,12 +305,13 @@ def run_prefill(bench: Bench, rows: int, length: int) -> Result:
 
     run()
     seconds = time_of(run, 1, bench.on_gpu)
+    more: dict[str, Any] = {"rested_ms": rested(run) * 1e3} if bench.on_gpu else {}
     if bench.options.profile:
         bench.options.traces.append(trace(bench, case, run, 1))
     flops = prefill_flops(bench.args, bench.parallel.world_size, rows, length)
     hit = experts_hit(bench.args, rows * length)
     floor = floor_seconds(decode_bytes(bench.args, bench.parallel, rows, length, 0, hit), *flops)
-    more = {"tokens_per_s": rows * length / seconds, "tflops": sum(flops) / seconds / 1e12}
+    more |= {"tokens_per_s": rows * length / seconds, "tflops": sum(flops) / seconds / 1e12}
     return result(bench, case, seconds, floor, engine_ms=seconds * 1e3, **more)
 
 

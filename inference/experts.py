@@ -113,20 +113,33 @@ def experts(
     routing: Routing,
     block: int,
     everywhere: bool = True,
+    n_shared: int = 0,
 ) -> torch.Tensor:
-    """See experts_ref. `block`: pairs of a tile of the routing. `everywhere`: no choice is another rank's."""
+    """
+    See experts_ref. `block`: pairs of a tile of the routing. `everywhere`: no choice is another rank's. n_shared: how
+    many of the experts, the last, all tokens choose as their last choices, with weight 1.
+    """
     if not on_gpu(x):
         return experts_ref(x, w13, w2, scale_fmt, weights, routing)
     (w13, w13_scale), (w2, w2_scale) = w13, w2
-    (M, K), (_, _, inter, D) = weights.shape, w13.shape
+    (M, K), (E, _, inter, D) = weights.shape, w13.shape
     P = M * K
     fp8 = w13_scale is not None and scale_fmt != W8A16
-    x, x_scale = quantised(x, scale_fmt)[1:] if fp8 else (x, None)
+    given = quantised(x, scale_fmt) if fp8 else x
+    x, x_scale = given[1:] if fp8 else (x, None)
     dtype = torch.bfloat16 if fp8 else x.dtype
+    terms = (torch.empty if everywhere else torch.zeros)(M, K, D, dtype=dtype, device=x.device)
     grouped = {"routing": routing, "top_k": K, "block": block}
     if block >= FEW and inter % BLOCK_SIZE == 0:
-        # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product.
-        tokens = routing.order // K
+        # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product. For
+        # the shared experts' products the library is faster, and nothing is gathered; their pairs come last.
+        for i in range(-n_shared, 0):
+            half_scales, down_scale = (None, None) if w13_scale is None else (w13_scale[i], w2_scale[i])
+            terms[:, i] = linear(gated_linear(given, w13[i], half_scales, scale_fmt), w2[i], down_scale, scale_fmt)
+        P -= M * n_shared
+        routed = torch.where(routing.tile_expert < E - n_shared, routing.tile_expert, -1)
+        grouped["routing"] = routing._replace(tile_expert=routed)
+        tokens = routing.order[:P] // K
         x = x.view(torch.uint8)[tokens].view(E4M3) if fp8 else x[tokens]
         x_scale = x_scale.t()[:, tokens].t() if fp8 else None
         y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
@@ -138,6 +151,5 @@ def experts(
         h = x.new_empty(P, inter)
         h_scale = torch.empty(cdiv(inter, BLOCK_SIZE), P, device=x.device).t() if fp8 else None
         launch_gemm(x, x_scale, w13, w13_scale, h, h_scale, scale_fmt, gated=True, **grouped)
-    terms = (torch.empty if everywhere else torch.zeros)(M, K, D, dtype=dtype, device=x.device)
     launch_gemm(h, h_scale, w2, w2_scale, terms.flatten(0, 1), pair_weights=weights, **grouped)
     return terms

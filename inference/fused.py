@@ -182,15 +182,15 @@ def apply_rotary_ref(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_query_ref(q: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """q [M, H, N + R] -> q, the last R of each head turned, in place."""
-    R = 2 * rotation.shape[-2]
+    """q [M, H, N + R] -> q, the last R of each head turned, in place if q is contiguous."""
+    q, R = q.contiguous(), 2 * rotation.shape[-2]
     q[..., -R:] = apply_rotary_ref(q[..., -R:], rotation)
     return q
 
 
 @triton.jit
 def rotate_query_kernel(
-    q_ptr, rotation_ptr, H, QK: tl.constexpr, R: tl.constexpr,
+    q_ptr, rotation_ptr, H, q_stride, QK: tl.constexpr, R: tl.constexpr,
     BLOCK_H: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token. Reads and writes 2 bytes of R / (N + R) of the elements."""
@@ -201,23 +201,21 @@ def rotate_query_kernel(
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     col = tl.arange(0, 2 * PAIRS)
     rotation = tl.load(rotation_ptr + m * R + col, mask=col < R, other=0.0)
-    ptrs = q_ptr + (m * H + heads[:, None]) * QK + (QK - R) + col[None, :]
+    ptrs = q_ptr + m * q_stride + heads[:, None] * QK + (QK - R) + col[None, :]
     inside = (heads < H)[:, None] & (col < R)[None, :]
     x = tl.load(ptrs, mask=inside, other=0.0)
     tl.store(ptrs, rotated(x.to(tl.float32), rotation[None, :], PAIRS).to(x.dtype), mask=inside)
 
 
 def rotate_query(q: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """See rotate_query_ref. Raises ValueError unless q is contiguous: a copy would be turned in its place."""
+    """See rotate_query_ref; on a GPU always in place. A token's heads lie together."""
     if not on_gpu(q):
         return rotate_query_ref(q, rotation)
-    if not q.is_contiguous():
-        raise ValueError(f"{tuple(q.shape)=} is not contiguous: {q.stride()=}")
     M, H, QK = q.shape
     R = 2 * rotation.shape[-2]
     block_h = min(triton.next_power_of_2(H), 32)
     rotate_query_kernel[(M, cdiv(H, block_h))](
-        q, rotation.contiguous(), H, QK, R, block_h, triton.next_power_of_2(R) // 2,
+        q, rotation.contiguous(), H, q.stride(0), QK, R, block_h, triton.next_power_of_2(R) // 2,
         num_warps=4, **pdl_options(q.device),
     )  # fmt: skip
     return q

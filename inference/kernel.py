@@ -532,6 +532,8 @@ def launch_gemm(
     partial = x.new_empty(size, dtype=torch.float32)
     order, tile_expert, tile_start, tile_stop = routing or (count, count, count, count)
     w_bits = w.view(torch.uint8) if format == "w8a16" else w
+    # Many tokens in FP8: three programs of 4 warps share a multiprocessor if they take at most 168 registers a thread.
+    registers = {"maxnreg": 168} if format == "fp8" and not tiles.swap and tiles.warps == 4 else {}
     gemm_kernel[(n_tiles * tiles.split,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, block_k]) if tiles.tma_x else x,
         x if x_scale is None else x_scale,
@@ -542,7 +544,7 @@ def launch_gemm(
         tiles.tma_x, tiles.tma_w, format, 1 + gated, top_k, gather, pair_weights is not None, K % block_k == 0,
         y_scale is not None, MIN_AMAX, E4M3_MAX, scale_fmt == UE8M0, block_k,
         tiles.block_m, tiles.block_n, tiles.split, tiles.swap,
-        num_warps=tiles.warps, num_stages=tiles.stages, **pdl_options(x.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, **registers, **pdl_options(x.device),
     )  # fmt: skip
 
 

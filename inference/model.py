@@ -252,7 +252,7 @@ class MLA(nn.Module):
             o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, C)
             o = expand_value(o.flatten(0, 1), w_uv, **quantised)
         else:
-            q = rotate_query(q.contiguous(), step.rotation).unflatten(0, (B, S))
+            q = rotate_query(q, step.rotation).unflatten(0, (B, S))
             kv = kv.unflatten(0, (B, S)) if cache is None else cache[step.rows, :kv_len]
             latent, k_pe = kv.split([C, self.qk_rope_head_dim], dim=-1)
             expanded = linear(latent.flatten(0, 1), self.wkv_b.weight).unflatten(1, (self.n_local_heads, -1))
@@ -348,7 +348,8 @@ class Experts(nn.Module):
     def forward(self, x: Activation, weights: torch.Tensor, routing: Routing, block: int) -> torch.Tensor:
         """x [M, D], weights [M, K] -> weight * expert(x) for each choice, [M, K, D]."""
         w13, w2 = (self.w13.weight, self.w13.scale), (self.w2.weight, self.w2.scale)
-        return experts(x, w13, w2, self.w2.scale_fmt, weights, routing, block, everywhere=self.n_others == 0)
+        placed = {"everywhere": self.n_others == 0, "n_shared": self.n_local - self.n_routed}
+        return experts(x, w13, w2, self.w2.scale_fmt, weights, routing, block, **placed)
 
     def weights(self) -> Weights:
         for i in range(self.n_routed):

@@ -181,6 +181,7 @@ def check_experts(
         given = Quantised(x, *act_quant(x, scale_fmt)) if fp8 else x
         indices = choices(M, K, E, how, n_shared)
         weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
+        weights[:, K:] = 1
         exact, wide = (
             experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype, inner_fp8)
             for inner_fp8 in (True, False)
@@ -194,7 +195,9 @@ def check_experts(
                 some = slice(first, first + n_local)
                 a, b = ((w[some], None if s is None else s[some]) for w, s in (both, down))
                 with poisoned():
-                    found = experts(given, a, b, scale_fmt, weights, routing, block, everywhere=n_local == len(w2))
+                    whole = n_local == len(w2)
+                    placed = {"everywhere": whole, "n_shared": n_shared if whole else 0}
+                    found = experts(given, a, b, scale_fmt, weights, routing, block, **placed)
                 assert found.shape == exact.shape and found.dtype == dtype, case
                 here = ((indices >= first) & (indices < first + n_local)).to(device)
                 assert not found[~here].any(), case

@@ -134,8 +134,12 @@ def check_rotate_query(device: str, M: int, H: int, N: int, R: int, dtype: torch
     q, rotation = random(M, H, N + R, dtype=dtype).to(device), rotation_of(M, R).to(device)
     found = q.clone()
     assert rotate_query(found, rotation) is found
-    assert torch.equal(found[..., :N], q[..., :N])
-    assert_near(found[..., N:], turned(q[..., N:], rotation), (M, H, N, R, dtype))
+    beside = torch.full((M, H * (N + R) + 9), 7.0, dtype=dtype, device=device)  # heads that are a part of each row
+    beside[:, : H * (N + R)] = q.flatten(1)
+    for x in (found, rotate_query(beside[:, : H * (N + R)].unflatten(1, (H, -1)), rotation)):
+        assert torch.equal(x[..., :N], q[..., :N])
+        assert_near(x[..., N:], turned(q[..., N:], rotation), (M, H, N, R, dtype))
+    assert (beside[:, H * (N + R) :] == 7).all()
 
 
 def check_latents(device: str, B: int, S: int, Q: int, C: int, R: int, dtype: torch.dtype, cached: bool = True) -> None:
