@@ -134,8 +134,11 @@ def experts(
         # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product. For
         # the shared experts' products the library is faster, and nothing is gathered; their pairs come last.
         for i in range(-n_shared, 0):
-            half_scales, down_scale = (None, None) if w13_scale is None else (w13_scale[i], w2_scale[i])
-            terms[:, i] = linear(gated_linear(given, w13[i], half_scales, scale_fmt), w2[i], down_scale, scale_fmt)
+            h = gated_linear(given, w13[i], None if w13_scale is None else w13_scale[i], scale_fmt)
+            if w2_scale is None:
+                torch.mm(h, w2[i].T, out=terms[:, i])
+            else:
+                terms[:, i] = linear(h, w2[i], w2_scale[i], scale_fmt)
         P -= M * n_shared
         routed = torch.where(routing.tile_expert < E - n_shared, routing.tile_expert, -1)
         grouped["routing"] = routing._replace(tile_expert=routed)

@@ -466,7 +466,7 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     """
     if tokens > (63 if grouped else 64):
         if wide and tokens == 128 and not gated:
-            return Tiles(128, 256, 1, 8, 3, False)
+            return Tiles(128, 256, 1, 8, 4, False)
         return Tiles(min(tokens, 128) if grouped else 64, 128, 1, 8 if gated else 4, 3, False)
     block_m = max(16, triton.next_power_of_2(tokens))
     wide_tiles = m_tiles * cdiv(N, 128)
@@ -522,7 +522,7 @@ def launch_gemm(
         if not tiles.swap and K % 16 == 0 and on_hopper(x.device):
             tiles = tiles._replace(tma_x=not gather, tma_w=True)
         if not on_hopper(x.device):  # as little as 99 KiB of shared memory
-            tiles = tiles._replace(stages=min(tiles.stages, 4))
+            tiles = tiles._replace(stages=min(tiles.stages, 4 if tiles.swap else 3))
     m_tiles = routing[1].numel() if routing else cdiv(M, tiles.block_m)
     n_tiles = m_tiles * cdiv(N, tiles.block_n)
     count = counters(x.device)
