@@ -92,11 +92,13 @@ def build(options: argparse.Namespace) -> Bench:
     rows = max([*options.batch_size, *(rows for rows, _ in options.prefill)])
     sizes = {"max_batch_size": rows, "max_seq_len": 2, "chunk": options.prefill_chunk}
     model, needs = allocate(in_memory, parallel, device, **sizes)
+    bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)
+    bench.synchronize()
+    startup["allocate"], start = time.perf_counter() - start, time.perf_counter()
     if options.dummy_weights:
         fill_dummy(model)
     else:
         load_model(model, checkpoint, parallel)
-    bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)
     bench.synchronize()
     startup["weights"] = time.perf_counter() - start
     return bench

@@ -223,7 +223,8 @@ def test_it_prints_every_case_and_json(run, config, tmp_path):
     found = json.loads(lines[-1])
     assert [case["case"] for case in found["cases"]] == ["decode 1 x 20", "decode 3 x 20", "prefill 2 x 24"]
     assert (found["n_layers"], found["mtp"], found["gpus"], found["dtype"], found["device"]) == (3, 2, 1, "bf16", "CPU")
-    assert set(found["startup"]) == {"import", "weights", "compile", "capture", "first_token", "weights_gb_per_s"}
+    parts = {"import", "allocate", "weights", "compile", "capture", "first_token", "weights_gb_per_s"}
+    assert set(found["startup"]) == parts
     assert found["startup"]["first_token"] > found["startup"]["weights"] > 0
     one, three, prefill = found["cases"]
     assert one["tokens_per_step"] == three["tokens_per_step"] == 3.0, "every draft is accepted"
