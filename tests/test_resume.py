@@ -584,17 +584,25 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path):
             commands.append([script, from_, folder / source, to, folder / name, *others])
     nbytes = [sum(path.stat().st_size for path in (tmp_path / n / "fp8").iterdir()) for n in ("3", "12")]
     assert nbytes[1] - nbytes[0] > 2 * 10**8
-    # Started from here, a process would count as its peak what this one has; so from a small one in between.
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        input="\n".join(" ".join(map(str, command)) for command in commands),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    peaks = [int(peak) for peak in re.findall(r"peak memory (\d+) MB", done.stdout)]
-    assert len(peaks) == len(commands)
-    for small, large in zip(peaks[:3], peaks[3:], strict=True):
-        assert large < 1.05 * small, peaks
+    # How many of a run's threads hold something at once is chance, and more so on a busy machine: what follows from the
+    # size is there in every run, so the least of up to three counts.
+    least: list[int] = []
+    for _ in range(3):
+        # Started from here, a process would count as its peak what this one has; so from a small one in between.
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_ALL],
+            input="\n".join(" ".join(map(str, command)) for command in commands),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks = [int(peak) for peak in re.findall(r"peak memory (\d+) MB", done.stdout)]
+        assert len(peaks) == len(commands)
+        least = [min(pair) for pair in zip(least or peaks, peaks, strict=True)]
+        if all(large < 1.05 * small for small, large in zip(least[:3], least[3:], strict=True)):
+            return
+        for command in commands:
+            shutil.rmtree(command[4])
+    raise AssertionError(least)
