@@ -171,6 +171,37 @@ def add_rms_norm(
     return total, result(h, values, scale)
 
 
+def sum_terms_ref(terms: torch.Tensor) -> torch.Tensor:
+    """terms [M, P, D] -> their sum [M, D] in fp32, rounded once."""
+    return terms.sum(1, dtype=torch.float32).to(terms.dtype)
+
+
+@triton.jit
+def sum_terms_kernel(terms_ptr, out_ptr, D, TERMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program: BLOCK columns of one token."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    m = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for term in tl.static_range(TERMS):
+        total += tl.load(terms_ptr + (m * TERMS + term) * D + col, mask=col < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * D + col, total.to(out_ptr.dtype.element_ty), mask=col < D)
+
+
+def sum_terms(terms: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """See sum_terms_ref; `out`: contiguous memory for the sum."""
+    if not on_gpu(terms):
+        total = sum_terms_ref(terms)
+        return total if out is None else out.copy_(total)
+    terms = terms.contiguous()
+    M, P, D = terms.shape
+    out = terms.new_empty(M, D) if out is None else out
+    sum_terms_kernel[(M, cdiv(D, 1024))](terms, out, D, P, 1024, num_warps=4, **pdl_options(terms.device))
+    return out
+
+
 # --- rotary embedding -------------------------------------------------------------------------------------------------
 
 

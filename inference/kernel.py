@@ -485,6 +485,16 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     return Tiles(block_m, 128, cdiv(slices, cdiv(slices, split)), 8 if 2 < tokens <= 16 else 4, 4, True)
 
 
+def medium_tiles(N: int, slices: int) -> Tiles:
+    """
+    choose_tiles for 33 to 64 tokens in FP8 on Hopper, whose copy engine brings both operands. Measured on an H200: 15.1
+    -> 12.5 us for 24576 x 1536, 47.2 -> 41.7 us for 7168 x 16384, 18.3 -> 12.7 us for 2176 x 7168.
+    """
+    block_n, programs = (128, 240) if N >= 4096 and slices >= 64 else (64, 150)
+    split = max(1, programs // cdiv(N, block_n))
+    return Tiles(64, block_n, cdiv(slices, cdiv(slices, split)), 4, 4, False, True, True)
+
+
 def launch_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
@@ -519,7 +529,10 @@ def launch_gemm(
     if tiles is None:
         m_tiles = routing[1].numel() if routing else cdiv(M, 64)
         tiles = choose_tiles(tokens, m_tiles, N, cdiv(K, block_k), gated, wide, routing is not None)
-        if not tiles.swap and K % 16 == 0 and on_hopper(x.device):
+        copies = K % 16 == 0 and on_hopper(x.device)
+        if copies and format == "fp8" and 32 < tokens <= 64 and not gated and routing is None:
+            tiles = medium_tiles(N, cdiv(K, block_k))
+        if copies and not tiles.swap:
             tiles = tiles._replace(tma_x=not gather, tma_w=True)
         if not on_hopper(x.device):  # as little as 99 KiB of shared memory
             tiles = tiles._replace(stages=min(tiles.stages, 4 if tiles.swap else 3))

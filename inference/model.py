@@ -419,9 +419,7 @@ class Block(nn.Module):
 
     def sum_over_ranks(self, terms: torch.Tensor) -> torch.Tensor:
         """[M, D] or [M, P, D], of which a single rank needs no sum yet."""
-        if self.parallel.world_size > 1 and terms.dim() == 3:
-            terms = terms.sum(1, dtype=torch.float32).to(terms.dtype)
-        return self.parallel.all_reduce(terms)
+        return self.parallel.sum_terms(terms) if self.parallel.world_size > 1 else terms
 
     def forward(
         self, x: torch.Tensor, terms: torch.Tensor | None, step: Step, cache: torch.Tensor | None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from errors import InputError
+from fused import sum_terms
 
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.
 IDLE_TIMEOUT = timedelta(days=365)
@@ -47,10 +48,13 @@ class SymmetricMemory:
         summable = x.dtype in (torch.bfloat16, torch.float32) and x.is_contiguous()
         return aligned and summable and 0 < x.nbytes <= TWO_SHOT_BYTES
 
-    def all_reduce(self, x: torch.Tensor) -> None:
-        """Sum of `x` over the ranks, in place."""
+    def all_reduce(self, x: torch.Tensor, terms: torch.Tensor | None = None) -> None:
+        """Sum of `x` over the ranks, in place; or of the sums of `terms` [M, P, D], into x [M, D]."""
         shared = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        shared.copy_(x)
+        if terms is None:
+            shared.copy_(x)
+        else:
+            sum_terms(terms, shared)
         if x.nbytes <= ONE_SHOT_BYTES:
             torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", self.group_name, x)
         else:
@@ -81,6 +85,16 @@ class Parallel:
             self.symmetric.all_reduce(x)
         elif self.world_size > 1:
             dist.all_reduce(x, group=self.group)
+        return x
+
+    def sum_terms(self, terms: torch.Tensor) -> torch.Tensor:
+        """terms [M, P, D], or [M, D] which it may change -> their sum over P and the ranks, [M, D]."""
+        if terms.dim() == 2:
+            return self.all_reduce(terms)
+        x = torch.empty_like(terms[:, 0])
+        if self.symmetric is None or not self.symmetric.takes(x):
+            return self.all_reduce(sum_terms(terms))
+        self.symmetric.all_reduce(x, terms)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ _LAST = tl.constexpr(0x7FFFFFFF)
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
 FEW_TOKENS = 8  # up to here the gate's product is a sum of elementwise products
-FEW_PAIRS = 1024  # up to here one program sorts
+FEW_PAIRS = 4096  # up to here each program compares its pairs with all
 CHUNK = 512  # pairs a program sorts beyond that
 
 
@@ -62,20 +62,23 @@ def few_scores_kernel(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_E experts for all of the few tokens. Bound by reading W (4 * E * D bytes), all in flight."""
-    m, e = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m, e = tl.arange(0, BLOCK_M)[:, None], (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E))[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         for first in tl.static_range(0, D, BLOCK_D):
-            line = first + tl.arange(0, BLOCK_D // 32) * 32
-            prefetch(w_ptr + tl.minimum(e, E - 1)[:, None] * D + tl.minimum(line, D - 1)[None, :])
+            line = first + tl.arange(0, BLOCK_D // 32)[:, None] * 32
+            prefetch(w_ptr + tl.minimum(e, E - 1) * D + tl.minimum(line, D - 1))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_M, BLOCK_E, BLOCK_D), dtype=tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        w = tl.load(w_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0)
-        x = tl.load(x_ptr + m[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        acc += x.to(tl.float32)[:, None, :] * w[None, :, :]
-    tl.store(y_ptr + m[:, None] * E + e[None, :], tl.sum(acc, 2), mask=(m < M)[:, None] & (e < E)[None, :])
+        d = first + tl.arange(0, BLOCK_D)[None, None, :]
+        # Of three dimensions, and 4 numbers a thread, as acc: products of what a thread loads itself. Else each would
+        # pass through shared memory, and the next loads wait for that.
+        w = tl.load(w_ptr + e[:, :, None] * D + d, mask=(e < E)[:, :, None] & (d < D), other=0.0)
+        x_ptrs = tl.max_contiguous(x_ptr + m[:, :, None] * D + d, [1, 1, 4])
+        x = tl.load(x_ptrs, mask=(m < M)[:, :, None] & (d < D), other=0.0)
+        acc += x.to(tl.float32) * w
+    tl.store(y_ptr + m * E + e, tl.sum(acc, 2), mask=(m < M) & (e < E))
 
 
 @triton.jit
@@ -356,50 +359,73 @@ def store_tiles(
 
 
 @triton.jit
+def pairs_before(
+    indices_ptr, pair, start, P, first, n_local, SPAN: tl.constexpr, STEP: tl.constexpr, NONE: tl.constexpr
+):
+    """
+    How many of the SPAN pairs from `start` on come before each of `pair` [OWN]: lower experts', its own's earlier ones.
+
+    Compared [STEP, OWN] at a time; a thread counts for its own pairs and first meets another at the end.
+    """
+    key = load_experts(indices_ptr, pair, P, first, n_local, NONE) * SPAN + pair - start
+    before = tl.zeros((STEP, pair.shape[0]), dtype=tl.int32)
+    for offset in range(0, SPAN, STEP):
+        other = offset + tl.arange(0, STEP)
+        other_key = load_experts(indices_ptr, start + other, P, first, n_local, NONE) * SPAN + other
+        before += (other_key[:, None] < key[None, :]).to(tl.int32)
+    return tl.sum(before, 0)
+
+
+@triton.jit
+def sum_counts(counts_ptr, n_chunks, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """counts [n_chunks, BINS] -> [BINS], ROWS chunks at a time: each thread sums on its own until the end."""
+    total = tl.zeros((ROWS, BINS), dtype=tl.int32)
+    for other in range(0, n_chunks, ROWS):
+        chunks = other + tl.arange(0, ROWS)
+        cells = counts_ptr + chunks[:, None] * BINS + tl.arange(0, BINS)[None, :]
+        total += tl.load(cells, mask=(chunks < n_chunks)[:, None], other=0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def sort_kernel(
     indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
-    BLOCK: tl.constexpr, PAIRS: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr, BINS: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for all pairs: a pair's place is its expert's start plus the pairs of that expert before it."""
+    """
+    One program: the places of OWN pairs, each as many as come before it. The first program: the tiles. None waits for
+    another.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    pair = tl.arange(0, PAIRS)
-    expert = load_experts(indices_ptr, pair, P, first, n_local, BINS - 1)
-    rank = tl.zeros((PAIRS,), dtype=tl.int32)
-    for offset in range(0, P, 32):
-        earlier = offset + tl.arange(0, 32)
-        same = load_experts(indices_ptr, earlier, P, first, n_local, BINS - 1)[None, :] == expert[:, None]
-        rank += tl.sum((same & (earlier[None, :] < pair[:, None])).to(tl.int32), 1)
-    total = tl.histogram(expert, BINS)
-    start = tl.cumsum(total, 0) - total
-    tl.store(order_ptr + tl.gather(start, expert, 0) + rank, pair, mask=pair < P)
-    store_tiles(total, start, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, n_local, n_tiles, BLOCK, BINS)
+    if tl.program_id(0) == 0:
+        total = tl.histogram(load_experts(indices_ptr, tl.arange(0, PAIRS), P, first, n_local, BINS - 1), BINS)
+        start = tl.cumsum(total, 0) - total
+        store_tiles(total, start, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, n_local, n_tiles, BLOCK, BINS)
+    else:
+        pair = (tl.program_id(0) - 1) * OWN + tl.arange(0, OWN)
+        place = pairs_before(indices_ptr, pair, 0, P, first, n_local, PAIRS, STEP, BINS - 1)
+        tl.store(order_ptr + place, pair, mask=pair < P)
 
 
 @triton.jit
 def count_kernel(
     indices_ptr, counts_ptr, starts_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, counter_ptr,
     P, first, n_local, n_tiles, n_chunks, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the pairs of each expert in a chunk. The last one knows all, and where experts and tiles begin."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     chunk, bins = tl.program_id(0), tl.arange(0, BINS)
-    count = tl.zeros((BINS,), dtype=tl.int32)
-    for offset in tl.static_range(0, CHUNK, 32):
-        expert = load_experts(indices_ptr, chunk * CHUNK + offset + tl.arange(0, 32), P, first, n_local, BINS)
-        count += tl.sum((expert[None, :] == bins[:, None]).to(tl.int32), 1)
-    tl.store(counts_ptr + chunk * BINS + bins, count)
+    expert = load_experts(indices_ptr, chunk * CHUNK + tl.arange(0, CHUNK), P, first, n_local, BINS - 1)
+    tl.store(counts_ptr + chunk * BINS + bins, tl.histogram(expert, BINS))
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n_chunks - 1:
-        total = tl.zeros((BINS,), dtype=tl.int32)
-        for other in range(0, n_chunks, 16):
-            chunks = other + tl.arange(0, 16)
-            cells = counts_ptr + chunks[:, None] * BINS + bins[None, :]
-            total += tl.sum(tl.load(cells, mask=(chunks < n_chunks)[:, None], other=0, cache_modifier=".cg"), 0)
+        total = sum_counts(counts_ptr, n_chunks, BINS, ROWS)
         start = tl.cumsum(total, 0) - total
         tl.store(starts_ptr + bins, start)
         store_tiles(total, start, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, n_local, n_tiles, BLOCK, BINS)
@@ -409,32 +435,25 @@ def count_kernel(
 @triton.jit
 def place_kernel(
     indices_ptr, counts_ptr, starts_ptr, bases_ptr, order_ptr, P, first, n_local,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    One program: the places of a chunk's pairs, each its expert's start, plus the pairs of that expert in the chunks
-    before, plus those before it in this chunk.
+    One program: the places of a chunk's pairs, each as many as come before it: all of lower experts, its own expert's
+    in the chunks before, and those in this chunk.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     chunk, bins = tl.program_id(0), tl.arange(0, BINS)
-    base = tl.load(starts_ptr + bins)
-    for other in range(0, chunk, 16):
-        chunks = other + tl.arange(0, 16)
-        cells = counts_ptr + chunks[:, None] * BINS + bins[None, :]
-        base += tl.sum(tl.load(cells, mask=(chunks < chunk)[:, None], other=0), 0)
+    count = tl.load(counts_ptr + chunk * BINS + bins)
+    lower = tl.cumsum(count, 0) - count  # in this chunk, so counted twice
+    base = tl.load(starts_ptr + bins) + sum_counts(counts_ptr, chunk, BINS, ROWS) - lower
     tl.store(bases_ptr + chunk * BINS + bins, base)
-
     pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = load_experts(indices_ptr, pair, P, first, n_local, BINS)
-    rank = tl.zeros((CHUNK,), dtype=tl.int32)
-    for offset in tl.static_range(0, CHUNK, 32):
-        earlier = chunk * CHUNK + offset + tl.arange(0, 32)
-        same = load_experts(indices_ptr, earlier, P, first, n_local, BINS)[None, :] == expert[:, None]
-        rank += tl.sum((same & (earlier[None, :] < pair[:, None])).to(tl.int32), 1)
+    before = pairs_before(indices_ptr, pair, chunk * CHUNK, P, first, n_local, CHUNK, 16, BINS - 1)
     tl.debug_barrier()
-    place = tl.load(bases_ptr + chunk * BINS + expert, mask=pair < P, other=0) + rank
+    expert = load_experts(indices_ptr, pair, P, first, n_local, BINS - 1)
+    place = tl.load(bases_ptr + chunk * BINS + expert, mask=pair < P, other=0) + before
     tl.store(order_ptr + place, pair, mask=pair < P)
 
 
@@ -450,23 +469,23 @@ def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> R
     indices, P, device = indices.int().contiguous(), indices.numel(), indices.device
     routing = empty_routing(P, n_local, block, device)
     order, *tiles = routing
-    n_tiles, options = len(tiles[0]), pdl_options(device)
+    n_tiles, bins, options = len(tiles[0]), triton.next_power_of_2(n_local + 2), pdl_options(device)
     if P <= FEW_PAIRS:
-        pairs, bins = triton.next_power_of_2(P), triton.next_power_of_2(n_local + 2)
-        sort_kernel[(1,)](
-            indices, order, *tiles, P, first, n_local, n_tiles, block, pairs, bins,
-            num_warps=min(max(pairs // 64, 4), 16), **options,
+        pairs, own = triton.next_power_of_2(P), 32
+        sort_kernel[(1 + cdiv(P, own),)](
+            indices, order, *tiles, P, first, n_local, n_tiles, block, pairs, bins, own, min(pairs, 512),
+            num_warps=8, **options,
         )  # fmt: skip
         return routing
-    chunks, bins = cdiv(P, CHUNK), triton.next_power_of_2(n_local + 1)
+    chunks, rows = cdiv(P, CHUNK), max(8192 // bins, 1)
     counts, bases = torch.empty(2, chunks, bins, dtype=torch.int32, device=device)
     starts = torch.empty(bins, dtype=torch.int32, device=device)
     count_kernel[(chunks,)](
-        indices, counts, starts, *tiles, counters(device), P, first, n_local, n_tiles, chunks, block, CHUNK, bins,
+        indices, counts, starts, *tiles, counters(device), P, first, n_local, n_tiles, chunks, block, CHUNK, bins, rows,
         num_warps=8, **options,
     )  # fmt: skip
     place_kernel[(chunks,)](
-        indices, counts, starts, bases, order, P, first, n_local, CHUNK, bins, num_warps=8, **options
+        indices, counts, starts, bases, order, P, first, n_local, CHUNK, bins, rows, num_warps=8, **options
     )
     return routing
 

@@ -143,6 +143,8 @@ def index(random_: random.Random, folder: Path) -> None:
         name = random_.choice(list(weight_map))
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
+    if not isinstance(weight_map, dict):  # of an earlier mutation
+        return None
     if random_.random() < 0.5:
         weight_map[name] = random_.choice(NAMES)
     else:

@@ -34,6 +34,7 @@ from fused import (
     rotate_query_ref,
     silu_mul,
     silu_mul_ref,
+    sum_terms,
 )
 from interpreter import interpret, needs_interpreter
 from kernel import E4M3, Quantised, act_quant_ref, counters
@@ -128,6 +129,14 @@ def check_add_rms_norm(device: str, M: int, D: int, P: int | None, dtype: torch.
     wanted = norm(total, weight)
     check_op(lambda *how: add_rms_norm(x, delta, weight, EPS, *how)[1], lambda h: assert_near(h, wanted, case), case)
     assert torch.equal(add_rms_norm(x, delta, weight, EPS, True, None, False)[0], total), case
+
+
+def check_sum_terms(device: str, M: int, P: int, D: int, dtype: torch.dtype) -> None:
+    terms, out = random(M, P, D, dtype=dtype).to(device), torch.full((M, D), torch.nan, dtype=dtype, device=device)
+    exact = terms.double().sum(1)
+    for found in (sum_terms(terms), sum_terms(terms, out)):
+        assert_sum(found, exact, (M, P, D, dtype))
+    assert found is out
 
 
 def check_rotate_query(device: str, M: int, H: int, N: int, R: int, dtype: torch.dtype) -> None:
@@ -226,6 +235,7 @@ def check_argmax(device: str, B: int, V: int) -> None:
 def test_references(dtype):
     for M, D, P in itertools.product((1, 5), (128, 200), (None, 1, 3)):
         check_add_rms_norm("cpu", M, D, P, dtype)
+    check_sum_terms("cpu", 3, 4, 40, dtype)
     check_rotate_query("cpu", 3, 5, 24, 12, dtype)
     check_latents("cpu", 5, 3, 136, 40, 12, dtype)
     check_latents("cpu", 2, 3, 0, 40, 12, dtype, cached=False)
@@ -280,6 +290,7 @@ def interpreted() -> None:
     for dtype in DTYPES:
         for M, D, P in itertools.product((1, 3), (128, 200, 640), (None, 1, 9)):
             check_add_rms_norm("cpu", M, D, P, dtype)
+        check_sum_terms("cpu", 3, 9, 1030, dtype)
         check_rotate_query("cpu", 3, 5, 24, 12, dtype)
         check_rotate_query("cpu", 2, 35, 8, 32, dtype)
         for B, S, Q in ((1, 1, 256), (5, 3, 136), (2, 2, 0)):
@@ -308,6 +319,7 @@ def test_gpu_add_rms_norm(M, dtype):
     for D in (7168, 2048, 256, 200):
         for P in (None, 1) if M > 100 else (None, 1, 3, 9):
             check_add_rms_norm("cuda", M, D, P, dtype)
+        check_sum_terms("cuda", M, 9, D, dtype)
 
 
 @pytest.mark.gpu

@@ -61,6 +61,13 @@ def rank_main() -> None:
     odd = sum(torch.Size(shape).numel() * size % 16 > 0 for shape in ODD for size in (2, 4))
     assert len(through_nccl) == large + odd, through_nccl
 
+    # Of several terms: their sums in fp32, rounded once, are what the ranks add.
+    for seed, tokens in enumerate((1, 9, 512, 1171)):
+        terms = part((tokens, 9, DIM), torch.bfloat16, seed, ranks.rank, device)
+        wanted = ranks.all_reduce(terms.sum(1, dtype=torch.float32).bfloat16())
+        off = (ranks.sum_terms(terms).double() - wanted.double()).abs()
+        assert bool((off <= 2.0**-6 * wanted.abs().clamp(min=1)).all()), off.max()
+
     # Many in a row, no rank waiting for another in between: a rank that is late reads what it should.
     results = []
     for seed in range(300):
@@ -130,7 +137,7 @@ def test_one_or_two_shots(monkeypatch, nbytes, one_shot):
     def kernel(name):
         def op(shared, how, group_name, out):
             assert (how, group_name) == ("sum", "0") and shared.shape == out.shape and shared.dtype == out.dtype
-            assert shared.data_ptr() == memory.buffer.data_ptr() and torch.equal(shared, out)
+            assert shared.data_ptr() == memory.buffer.data_ptr() and torch.equal(shared, given)
             calls.append(name)
             out.copy_(3 * shared)
 
@@ -138,10 +145,15 @@ def test_one_or_two_shots(monkeypatch, nbytes, one_shot):
 
     monkeypatch.setattr(torch.ops.symm_mem, "one_shot_all_reduce_out", kernel("one"), raising=False)
     monkeypatch.setattr(torch.ops.symm_mem, "two_shot_all_reduce_out", kernel("two"), raising=False)
-    x = torch.randn(nbytes // 8, 2)
-    wanted = 3 * x
-    assert Parallel(0, 2, symmetric=memory).all_reduce(x) is x and torch.equal(x, wanted)
-    assert calls == ["one" if one_shot else "two"]
+    ranks, x = Parallel(0, 2, symmetric=memory), torch.randn(nbytes // 8, 2)
+    given = x.clone()
+    assert ranks.all_reduce(x) is x and torch.equal(x, 3 * given)
+    terms = torch.randn(nbytes // 8, 5, 2)
+    given = terms.sum(1)
+    assert torch.equal(ranks.sum_terms(terms), 3 * given)
+    given = x.clone()
+    assert ranks.sum_terms(x) is x and torch.equal(x, 3 * given)
+    assert calls == ["one" if one_shot else "two"] * 3
 
 
 class Refusing(SymmetricMemory):
