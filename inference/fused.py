@@ -5,8 +5,7 @@ At batch 1 they cost latency: one kernel each, a token to a program, every load 
 prefill they cost bandwidth: bytes read + bytes written, 4.3 TB/s on an H200. Where an FP8 product follows, they leave
 the activation quantised, and with `keep=False` do not write it in its own type at all.
 
-Dimension letters: M tokens (B rows of S), D dim, P terms of a sum, H local heads, C kv_lora_rank, R qk_rope_head_dim,
-N qk_nope_head_dim, V v_head_dim. `rotation` [M, R / 2, 2] holds cos and sin of each rotary pair's angle in fp32.
+Those of attention are in latent.py. Dimension letters: M tokens, D dim, P terms of a sum, K any width.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from attention import cache_write
 from config import BLOCK_SIZE
 from kernel import (
     E4M3,
@@ -24,14 +22,11 @@ from kernel import (
     MIN_AMAX,
     UE8M0,
     Quantised,
-    act_quant,
     act_quant_ref,
     cdiv,
     counters,
     on_gpu,
-    on_hopper,
     pdl_options,
-    prefetch,
     scale_of,
 )
 
@@ -65,14 +60,6 @@ def store_normed(
         values, scale = quantise_groups(h.to(tl.float32), UE8M0)
         tl.store(values_ptr + m * D + cols, values.to(values_ptr.dtype.element_ty), mask=inside)
         tl.store(scale_ptr + groups.to(tl.int64) * M + m, scale, mask=groups * _GROUP < D)
-
-
-@triton.jit
-def rotated(x, rotation, PAIRS: tl.constexpr):
-    """x [rows, 2 * PAIRS] fp32, rotation [rows or 1, 2 * PAIRS] -> x with its pairs turned."""
-    x0, x1 = tl.split(tl.reshape(x, (x.shape[0], PAIRS, 2)))
-    cos, sin = tl.split(tl.reshape(rotation, (rotation.shape[0], PAIRS, 2)))
-    return tl.reshape(tl.join(x0 * cos - x1 * sin, x0 * sin + x1 * cos), (x.shape[0], 2 * PAIRS))
 
 
 def quantised_ref(x: torch.Tensor, scale_fmt: str | None, keep: bool = True) -> Quantised:
@@ -200,342 +187,6 @@ def sum_terms(terms: torch.Tensor, out: torch.Tensor | None = None) -> torch.Ten
     out = terms.new_empty(M, D) if out is None else out
     sum_terms_kernel[(M, cdiv(D, 1024))](terms, out, D, P, 1024, num_warps=4, **pdl_options(terms.device))
     return out
-
-
-# --- rotary embedding -------------------------------------------------------------------------------------------------
-
-
-def apply_rotary_ref(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """x [M, heads, R] -> the pairs (x0, x1), (x2, x3), ... turned: (x0 cos - x1 sin, x0 sin + x1 cos)."""
-    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation[:, None].unbind(-1)
-    return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], -1).flatten(-2).to(x.dtype)
-
-
-def rotate_query_ref(q: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """q [M, H, N + R] -> q, the last R of each head turned, in place if q is contiguous."""
-    q, R = q.contiguous(), 2 * rotation.shape[-2]
-    q[..., -R:] = apply_rotary_ref(q[..., -R:], rotation)
-    return q
-
-
-@triton.jit
-def rotate_query_kernel(
-    q_ptr, rotation_ptr, H, q_stride, QK: tl.constexpr, R: tl.constexpr,
-    BLOCK_H: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_H heads of one token. Reads and writes 2 bytes of R / (N + R) of the elements."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    m = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    col = tl.arange(0, 2 * PAIRS)
-    rotation = tl.load(rotation_ptr + m * R + col, mask=col < R, other=0.0)
-    ptrs = q_ptr + m * q_stride + heads[:, None] * QK + (QK - R) + col[None, :]
-    inside = (heads < H)[:, None] & (col < R)[None, :]
-    x = tl.load(ptrs, mask=inside, other=0.0)
-    tl.store(ptrs, rotated(x.to(tl.float32), rotation[None, :], PAIRS).to(x.dtype), mask=inside)
-
-
-def rotate_query(q: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """See rotate_query_ref; on a GPU always in place. A token's heads lie together."""
-    if not on_gpu(q):
-        return rotate_query_ref(q, rotation)
-    M, H, QK = q.shape
-    R = 2 * rotation.shape[-2]
-    block_h = min(triton.next_power_of_2(H), 32)
-    rotate_query_kernel[(M, cdiv(H, block_h))](
-        q, rotation.contiguous(), H, q.stride(0), QK, R, block_h, triton.next_power_of_2(R) // 2,
-        num_warps=4, **pdl_options(q.device),
-    )  # fmt: skip
-    return q
-
-
-# --- the latents of MLA -----------------------------------------------------------------------------------------------
-
-
-def latents_ref(
-    y: torch.Tensor, q_weight: torch.Tensor | None, kv_weight: torch.Tensor, rotation: torch.Tensor,
-    cache: torch.Tensor | None, rows: torch.Tensor, positions: torch.Tensor, *, kv_at: int, eps: float,
-    quantise: bool = False, scale_fmt: str | None = None, keep: bool = True,
-):  # fmt: skip
-    """
-    y [M, ...], of which the columns from 0 are the query's latent (unless q_weight is None) and those from kv_at on the
-    C of the key's and value's latent and the R of the rotary key -> q [M, q_lora_rank] or None, kv [M, C + R]:
-
-        q = norm(y_q) * q_weight,  kv = [norm(y_c) * kv_weight, rotary(y_pe)]
-
-    q is Quantised on request. kv is also written to cache [rows, length, C + R], where rows [B], positions [B, S] say
-    and the position is inside it (see cache_write).
-    """
-    C, R = kv_weight.shape[0], 2 * rotation.shape[-2]
-    q = None
-    if q_weight is not None:
-        q = F.rms_norm(y[:, : q_weight.shape[0]], q_weight.shape, q_weight, eps)
-        q = quantised_ref(q, scale_fmt, keep) if quantise else q
-    latent, k_pe = y[:, kv_at : kv_at + C + R].split([C, R], dim=-1)
-    kv = torch.cat([F.rms_norm(latent, (C,), kv_weight, eps), apply_rotary_ref(k_pe[:, None], rotation)[:, 0]], dim=-1)
-    if cache is not None:
-        cache_write(cache, kv.view(*positions.shape, -1), rows, positions)
-    return q, kv
-
-
-@triton.jit
-def query_latent(
-    y_ptr, weight_ptr, q_ptr, values_ptr, scale_ptr, m, M, eps, RANK: tl.constexpr,
-    KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    groups = tl.arange(0, GROUPS)
-    cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    inside = cols < RANK
-    x = tl.load(y_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    store_normed(
-        x, weight, q_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, RANK, y_ptr.dtype.element_ty, KEEP, QUANTISE,
-        UE8M0,
-    )  # fmt: skip
-
-
-@triton.jit
-def key_value_latent(
-    y_ptr, weight_ptr, rotation_ptr, kv_ptr, cache_ptr, rows_ptr, positions_ptr, m, S, row_stride, token_stride, length,
-    eps, C: tl.constexpr, R: tl.constexpr, CACHE: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    c, r = tl.arange(0, BLOCK_C), tl.arange(0, 2 * PAIRS)
-    x = tl.load(y_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    k_pe = tl.load(y_ptr + C + r, mask=r < R, other=0.0).to(tl.float32)
-    rotation = tl.load(rotation_ptr + m * R + r, mask=r < R, other=0.0)
-    latent = (x * tl.rsqrt(tl.sum(x * x) / C + eps) * weight).to(kv_ptr.dtype.element_ty)
-    k_pe = tl.reshape(rotated(k_pe[None, :], rotation[None, :], PAIRS), (2 * PAIRS,)).to(kv_ptr.dtype.element_ty)
-    tl.store(kv_ptr + m * (C + R) + c, latent, mask=c < C)
-    tl.store(kv_ptr + m * (C + R) + C + r, k_pe, mask=r < R)
-    if CACHE:
-        position = tl.load(positions_ptr + m).to(tl.int64)
-        entry_ptr = cache_ptr + tl.load(rows_ptr + m // S).to(tl.int64) * row_stride + position * token_stride
-        tl.store(entry_ptr + c, latent.to(cache_ptr.dtype.element_ty), mask=(c < C) & (position < length))
-        tl.store(entry_ptr + C + r, k_pe.to(cache_ptr.dtype.element_ty), mask=(r < R) & (position < length))
-
-
-@triton.jit
-def latents_kernel(
-    y_ptr, q_weight_ptr, kv_weight_ptr, rotation_ptr, q_ptr, values_ptr, scale_ptr, kv_ptr,
-    cache_ptr, rows_ptr, positions_ptr, M, S, y_stride, row_stride, token_stride, length, eps,
-    Q_RANK: tl.constexpr, KV_AT: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, CACHE: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Two programs a token, side by side: the key and value latent with the rotary key, and the query latent."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    m = tl.program_id(0).to(tl.int64)
-    y_ptr += m * y_stride
-    if tl.program_id(1) == 0:
-        key_value_latent(
-            y_ptr + KV_AT, kv_weight_ptr, rotation_ptr, kv_ptr, cache_ptr, rows_ptr, positions_ptr, m, S,
-            row_stride, token_stride, length, eps, C, R, CACHE, BLOCK_C, PAIRS,
-        )  # fmt: skip
-    elif Q_RANK > 0:
-        query_latent(
-            y_ptr, q_weight_ptr, q_ptr, values_ptr, scale_ptr, m, M, eps, Q_RANK, KEEP, QUANTISE, UE8M0, GROUPS
-        )
-
-
-def latents(
-    y: torch.Tensor, q_weight: torch.Tensor | None, kv_weight: torch.Tensor, rotation: torch.Tensor,
-    cache: torch.Tensor | None, rows: torch.Tensor, positions: torch.Tensor, *, kv_at: int, eps: float,
-    quantise: bool = False, scale_fmt: str | None = None, keep: bool = True,
-):  # fmt: skip
-    """See latents_ref. A cache's last dimension is contiguous."""
-    if not on_gpu(y):
-        options = {"kv_at": kv_at, "eps": eps, "quantise": quantise, "scale_fmt": scale_fmt, "keep": keep}
-        return latents_ref(y, q_weight, kv_weight, rotation, cache, rows, positions, **options)
-    M, C, R = y.shape[0], kv_weight.shape[0], 2 * rotation.shape[-2]
-    q_rank = 0 if q_weight is None else q_weight.shape[0]
-    quantise = quantise and q_rank > 0
-    q, values, scale = outputs(y, (M, q_rank), quantise, keep) if q_rank else (None, None, None)
-    kv = y.new_empty(M, C + R)
-    row_stride, token_stride, length = (0, 0, 0) if cache is None else (*cache.stride()[:2], cache.shape[1])
-    latents_kernel[(M, 2 if q_rank else 1)](
-        y, q_weight, kv_weight, rotation.contiguous(), q, values, scale, kv,
-        cache, rows, positions.contiguous(), M, positions.shape[-1], y.stride(0), row_stride, token_stride, length, eps,
-        q_rank, kv_at, C, R, q is not None, quantise, scale_fmt == UE8M0, cache is not None,
-        triton.next_power_of_2(max(cdiv(q_rank, BLOCK_SIZE), 1)), triton.next_power_of_2(C),
-        triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(y.device),
-    )  # fmt: skip
-    return result(q, values, scale), kv
-
-
-def join_keys_ref(kv: torch.Tensor, k_pe: torch.Tensor, N: int) -> torch.Tensor:
-    """kv [M, H, N + V] and the rotary keys k_pe [M, R] -> k [M, H, N + R] = [kv[:N], k_pe] of each head."""
-    return torch.cat([kv[..., :N], k_pe[:, None].expand(-1, kv.shape[1], -1)], dim=-1)
-
-
-@triton.jit
-def join_keys_kernel(
-    kv_ptr, k_pe_ptr, k_ptr, k_pe_stride, H: tl.constexpr, N: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_H heads of one token. 2 N bytes a head read, 2 (N + R) written."""
-    m = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    n, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    head = (m * H + h)[:, None]
-    inside = (h < H)[:, None] & (n < N)[None, :]
-    tl.store(k_ptr + head * (N + R) + n, tl.load(kv_ptr + head * (N + V) + n, mask=inside, other=0.0), mask=inside)
-    k_pe = tl.load(k_pe_ptr + m * k_pe_stride + r, mask=r < R, other=0.0)
-    k_pe = tl.broadcast_to(k_pe[None, :], (BLOCK_H, BLOCK_R))
-    tl.store(k_ptr + head * (N + R) + N + r[None, :], k_pe, mask=(h < H)[:, None] & (r < R)[None, :])
-
-
-def join_keys(kv: torch.Tensor, k_pe: torch.Tensor, N: int) -> torch.Tensor:
-    """See join_keys_ref."""
-    if not on_gpu(kv):
-        return join_keys_ref(kv, k_pe, N)
-    (M, H, both), R = kv.shape, k_pe.shape[1]
-    k = kv.new_empty(M, H, N + R)
-    block_h = min(triton.next_power_of_2(H), 16)
-    join_keys_kernel[(M, cdiv(H, block_h))](
-        kv.contiguous(), k_pe, k, k_pe.stride(0), H, N, both - N, R, block_h, triton.next_power_of_2(N),
-        triton.next_power_of_2(R), num_warps=4,
-    )  # fmt: skip
-    return k
-
-
-# --- the halves of wkv_b, for attention inside the latent space -------------------------------------------------------
-
-
-def block_sizes(M: int, fp32: bool) -> tuple[int, int]:
-    """Tokens and outputs a program: fp32 products do not use the tensor cores, and are unrolled."""
-    return (16, 32) if fp32 else (min(max(triton.next_power_of_2(M), 16), 64), 128)
-
-
-def absorb_query_ref(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """q [M, H, N + R], w_uk [H, N, C] -> [q_nope W_UK, rotary(q_pe)] [M, H, C + R]."""
-    q_nope, q_pe = q.split([w_uk.shape[1], 2 * rotation.shape[-2]], dim=-1)
-    return torch.cat([torch.einsum("mhn,hnc->mhc", q_nope, w_uk), apply_rotary_ref(q_pe, rotation)], dim=-1)
-
-
-@triton.jit
-def absorb_query_kernel(
-    q_ptr, w_ptr, rotation_ptr, out_ptr, M, q_stride, head_stride, row_stride, H: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """
-    One program: BLOCK_M tokens of one head, BLOCK_C outputs; the first also turns the head's rotary part. Bound by
-    reading W_UK (2 * H * N * C bytes), which does not depend on the kernel before and so does not wait for it.
-    """
-    h, first_c = tl.program_id(0), tl.program_id(1) * BLOCK_C
-    n, c = tl.arange(0, BLOCK_N), first_c + tl.arange(0, BLOCK_C)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    w_ptrs = w_ptr + h.to(tl.int64) * head_stride + n[:, None] * row_stride + c[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    w = tl.load(w_ptrs, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    head = m.to(tl.int64)[:, None] * H + h
-    q_ptrs = q_ptr + m.to(tl.int64)[:, None] * q_stride + h * (N + R)
-    q = tl.load(q_ptrs + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
-    out = tl.dot(q, w, input_precision=PRECISION)
-    out_ptrs = out_ptr + head * (C + R) + c[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
-    if first_c == 0:
-        r = tl.arange(0, 2 * PAIRS)
-        rotary = (m < M)[:, None] & (r < R)[None, :]
-        q_pe = tl.load(q_ptrs + N + r[None, :], mask=rotary, other=0.0).to(tl.float32)
-        rotation = tl.load(rotation_ptr + m.to(tl.int64)[:, None] * R + r[None, :], mask=rotary, other=0.0)
-        q_pe = rotated(q_pe, rotation, PAIRS).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + head * (C + R) + C + r[None, :], q_pe, mask=rotary)
-
-
-def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """See absorb_query_ref. w_uk may be any view whose last dimension is contiguous; a token's heads lie together."""
-    if not on_gpu(q):
-        return absorb_query_ref(q, w_uk, rotation)
-    (M, H, _), (_, N, C), R = q.shape, w_uk.shape, 2 * rotation.shape[-2]
-    out = q.new_empty(M, H, C + R)
-    block_m, block_c = block_sizes(M, q.dtype == torch.float32)
-    if H * C < 128 * 132:  # fewer programs than multiprocessors: narrower ones
-        block_c //= 2
-    absorb_query_kernel[(H, cdiv(C, block_c), cdiv(M, block_m))](
-        q, w_uk, rotation.contiguous(), out, M, q.stride(0), w_uk.stride(0), w_uk.stride(1), H, N, C, R,
-        "ieee" if q.dtype == torch.float32 else "tf32", block_m, max(triton.next_power_of_2(N), 16), block_c,
-        triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(q.device),
-    )  # fmt: skip
-    return out
-
-
-def expand_value_ref(
-    o: torch.Tensor, w_uv: torch.Tensor, quantise: bool = False, scale_fmt: str | None = None, keep: bool = True
-):
-    """o [M, H, C], w_uv [H, V, C] -> o W_UV^T of each head, [M, H * V], Quantised on request."""
-    x = torch.einsum("mhc,hvc->mhv", o, w_uv).flatten(1)
-    return quantised_ref(x, scale_fmt, keep) if quantise else x
-
-
-@triton.jit
-def expand_value_kernel(
-    o_ptr, w_ptr, out_ptr, values_ptr, scale_ptr, M, head_stride, row_stride, H: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_M tokens of one head, BLOCK_V outputs. Bound by reading W_UV (2 * H * V * C bytes)."""
-    h = tl.program_id(0)
-    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        row = h.to(tl.int64) * head_stride + tl.minimum(v, V - 1)[:, None] * row_stride
-        prefetch(w_ptr + row + tl.minimum(tl.arange(0, LINES) * 64, C - 1)[None, :])
-        tl.extra.cuda.gdc_wait()
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = m.to(tl.int64) * H + h
-    acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        o = tl.load(o_ptr + head[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
-        w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
-        acc = tl.dot(o, w, acc, input_precision=PRECISION)
-    out = acc.to(o_ptr.dtype.element_ty)
-    cells = head[:, None] * V + v[None, :]
-    inside = (m < M)[:, None] & (v < V)[None, :]
-    if KEEP:
-        tl.store(out_ptr + cells, out, mask=inside)
-    if QUANTISE:
-        values, scale = quantise_groups(out.to(tl.float32), UE8M0)
-        tl.store(values_ptr + cells, values.to(values_ptr.dtype.element_ty), mask=inside)
-        group = (h * V + tl.program_id(1) * BLOCK_V) // BLOCK_V
-        tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=m < M)
-
-
-def expand_value(
-    o: torch.Tensor, w_uv: torch.Tensor, quantise: bool = False, scale_fmt: str | None = None, keep: bool = True
-):
-    """See expand_value_ref. w_uv may be any view whose last dimension is contiguous."""
-    if not on_gpu(o):
-        return expand_value_ref(o, w_uv, quantise, scale_fmt, keep)
-    (M, H, C), V = o.shape, w_uv.shape[1]
-    if quantise and V % BLOCK_SIZE:  # groups that span heads
-        x = expand_value(o, w_uv)
-        return Quantised(x if keep else None, *act_quant(x, scale_fmt))
-    fp32 = o.dtype == torch.float32
-    block_m, block_v = block_sizes(M, fp32)
-    if quantise:
-        block_v = BLOCK_SIZE
-    elif H * V < 128 * 132:  # fewer programs than multiprocessors: narrower ones
-        block_v = 32
-    out, values, scale = outputs(o, (M, H * V), quantise, keep)
-    expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, block_m))](
-        o.contiguous(), w_uv, out, values, scale, M, w_uv.stride(0), w_uv.stride(1), H, V, C, out is not None,
-        quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", block_m, block_v, 32 if fp32 else 128,
-        triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=4, num_stages=4 if on_hopper(o.device) else 3, **pdl_options(o.device),
-    )  # fmt: skip
-    return result(out, values, scale)
 
 
 # --- the gate of an MLP -----------------------------------------------------------------------------------------------

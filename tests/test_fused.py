@@ -1,5 +1,6 @@
 """
-The fused steps: their references against equations in float64, their kernels against the references.
+The small steps of fused.py and latent.py: their references against equations in float64, their kernels against the
+references.
 
 `python test_fused.py` with TRITON_INTERPRET=1 runs the kernels on the CPU, as in test_kernel.py.
 """
@@ -17,13 +18,13 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from attention import cache_write
-from fused import (
+from fused import add_rms_norm, add_rms_norm_ref, argmax, silu_mul, silu_mul_ref, sum_terms
+from interpreter import interpret, needs_interpreter
+from kernel import E4M3, Quantised, act_quant_ref, counters
+from latent import (
     absorb_query,
     absorb_query_ref,
-    add_rms_norm,
-    add_rms_norm_ref,
     apply_rotary_ref,
-    argmax,
     expand_value,
     expand_value_ref,
     join_keys,
@@ -32,12 +33,7 @@ from fused import (
     latents_ref,
     rotate_query,
     rotate_query_ref,
-    silu_mul,
-    silu_mul_ref,
-    sum_terms,
 )
-from interpreter import interpret, needs_interpreter
-from kernel import E4M3, Quantised, act_quant_ref, counters
 
 SCALE_FMTS = [None, "ue8m0"]
 EPS = 1e-6

@@ -405,7 +405,8 @@ def test_fp8_linears_quantise_their_inputs(load, monkeypatch, scale_fmt):
     monkeypatch.setattr("model.linear", check)
     monkeypatch.setattr("experts.linear", check)
     # What was quantised where it was computed is kept in its own type too, to compare with.
-    monkeypatch.setattr("fused.quantised_ref", lambda x, scale_fmt, keep: quantised_ref(x, scale_fmt))
+    for module in ("fused", "latent"):
+        monkeypatch.setattr(f"{module}.quantised_ref", lambda x, scale_fmt, keep: quantised_ref(x, scale_fmt))
     model = without_nan(load("v3", "fp8", **({"scale_fmt": scale_fmt} if scale_fmt else {})))
     model(random_tokens(2, LENGTH))
     # wqkv_a, wq_b and wo of 3 layers; w1, w3 and w2 of a dense layer's MLP and, in two, of 12 experts and a shared one.
@@ -427,7 +428,8 @@ def test_fp8_weights_and_scales_are_where_they_belong(hf_folder, kind, monkeypat
 
     monkeypatch.setattr("model.linear", exact_linear)
     monkeypatch.setattr("experts.linear", exact_linear)
-    monkeypatch.setattr("fused.quantised_ref", lambda x, *_: x)
+    for module in ("fused", "latent"):
+        monkeypatch.setattr(f"{module}.quantised_ref", lambda x, *_: x)
     checkpoint = Checkpoint(hf_folder(kind, "fp8"))
     model, tokens = Transformer(checkpoint.args), random_tokens(2, LENGTH)
     for parameter in model.parameters():
@@ -586,7 +588,7 @@ def test_fp8_arithmetic_is_that_of_the_references_and_near_bf16(monkeypatch, dev
     found, chosen = run(model)
     assert found.isfinite().all() and len(chosen.unique()) == 16
     with monkeypatch.context() as patch:
-        for module in ("kernel", "fused", "routing", "experts", "attention"):
+        for module in ("kernel", "fused", "latent", "routing", "experts", "attention"):
             patch.setattr(f"{module}.on_gpu", lambda x: False)
         by_references, chosen_by_references = run(model)
     wide, chosen_in_bf16 = run(dequantised_model(model))
