@@ -23,7 +23,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def run(self, key: Hashable, function: Callable[[], Any]) -> Any:
         """What `function` returns: its own tensors on the first call under `key`, then always the recording's."""
@@ -34,7 +34,8 @@ class Graphs:
         outputs = function()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **options):
             static = function()
         self.recorded[key] = graph, static
         return outputs

@@ -168,11 +168,15 @@ def joined(device: torch.device) -> Parallel:
 
 
 def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, torch.device]:
-    """The Parallel and the device of this process, from torchrun's environment; a single process without it."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    """
+    The Parallel and the device of this process, from torchrun's environment. Without it a single process, on the GPU
+    that is current.
+    """
+    torch_device = torch.device(device)
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    torch_device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        if "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch_device = torch.device("cuda", torch.cuda.current_device())
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return replace(Parallel() if alone else joined(torch_device), expert_parallel=expert_parallel), torch_device
 

@@ -21,7 +21,7 @@ from torch.multiprocessing import spawn
 
 from checkpoint import Checkpoint, load_model
 from model import Transformer
-from parallel import Parallel
+from parallel import Parallel, join_ranks
 
 PROMPT, NEW = 40, 16
 
@@ -193,3 +193,18 @@ def test_ranks_read_their_part_of_the_files(job, views, alone, expert_parallel):
     whole = alone[replace(job, size=1)]["bytes"]
     most = {2: {False: 0.7, True: 0.6}, 4: {False: 0.55, True: 0.4}}[job.size][expert_parallel]
     assert all(view["bytes"] < most * whole for view in views)
+
+
+@pytest.mark.parametrize("local_rank", [None, "2"])
+def test_the_gpu_of_a_process(monkeypatch, local_rank):
+    """torchrun's, or else the one that is current."""
+    current = [3]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    parallel, device = join_ranks("cuda")
+    assert parallel == Parallel() and device == torch.device("cuda", int(local_rank or 3))
+    assert current == [device.index]
