@@ -39,7 +39,7 @@ from checkpoint import Checkpoint, check_split, load_model
 from config import GEMMS, MAX_DRAFTS, ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
-from errors import InputError, is_first, positive, run_command
+from errors import Arguments, InputError, is_first, positive, run_command
 from fused import argmax
 from llm import allocate, weights_in_memory
 from model import Gate, Transformer
@@ -364,7 +364,7 @@ def batch_of_prompts(text: str) -> tuple[int, int]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decode and prefill speed against the floor; or every kernel's.")
+    parser = Arguments(description="Decode and prefill speed against the floor; or every kernel's.")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, metavar="FILE", help="model config; with --dummy-weights")

@@ -11,7 +11,6 @@ two, as V3.1 has them. Run again after an interruption, it goes on where it stop
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from checkpoint import tensor_specs
 from config import BLOCK_SIZE
 from conversion import Piece, Reader, open_hf
-from errors import InputError, run_command
+from errors import Arguments, InputError, run_command
 from fp8_cast_bf16 import SCALE, cast_folder, dequantise
 from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
 from parallel import choose_device
@@ -79,7 +78,7 @@ def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cast a BF16 Hugging Face checkpoint to FP8 in 128 x 128 blocks.")
+    parser = Arguments(description="Cast a BF16 Hugging Face checkpoint to FP8 in 128 x 128 blocks.")
     add = parser.add_argument
     add("--input-bf16-hf-path", type=Path, required=True, help="BF16 folder")
     add("--output-fp8-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")

@@ -13,7 +13,6 @@ Run again after an interruption, either goes on where it stopped (see conversion
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ from checkpoint import (
     tensor_specs,
 )
 from conversion import Conversion, Piece, Reader, cut, open_hf, same_bits
-from errors import InputError, positive, run_command
+from errors import Arguments, InputError, positive, run_command
 from output import Target, read_file
 from safetensors_io import Layout, StoredTensor, Tensors
 
@@ -208,7 +207,7 @@ def skipped(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint into one file per rank, and back.")
+    parser = Arguments(description="Convert a Hugging Face checkpoint into one file per rank, and back.")
     add = parser.add_argument
     add("--hf-ckpt-path", type=Path, metavar="DIR", help="folder as downloaded from Hugging Face")
     add("--save-path", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or to go on with")

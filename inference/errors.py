@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class InputError(Exception):
     """What the user gave cannot be used. The message says what is wrong, where, and what would work."""
+
+
+class Arguments(ArgumentParser):
+    """A command's flags. Wrong ones are bad input like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
 
 
 def problems(what: str, found: Sequence[str]) -> InputError:

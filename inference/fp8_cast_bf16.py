@@ -10,7 +10,6 @@ keep their names and their tensors. Run again after an interruption, it goes on 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from config import BLOCK_SIZE, ModelArgs, read_json
 from conversion import Conversion, Piece, Reader, cut, open_hf
-from errors import InputError, run_command
+from errors import Arguments, InputError, run_command
 from kernel import cdiv, weight_dequant
 from output import Target, to_json
 from parallel import choose_device
@@ -138,7 +137,7 @@ def dequantise(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cast an FP8 Hugging Face checkpoint to BF16.")
+    parser = Arguments(description="Cast an FP8 Hugging Face checkpoint to BF16.")
     add = parser.add_argument
     add("--input-fp8-hf-path", type=Path, required=True, help="folder as downloaded")
     add("--output-bf16-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")

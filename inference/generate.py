@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from config import GEMMS, MAX_DRAFTS
-from errors import InputError, is_first, positive, run_command
+from errors import Arguments, InputError, is_first, positive, run_command
 
 # Matrices of this width are multiplied before a second CPU thread has woken up: the tiny model decodes at 170 tokens/s
 # with one thread and 90 with two (EPYC, 2 cores).
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a
 
 
 def parse_arguments() -> Namespace:
-    parser = ArgumentParser(description="Chat with a DeepSeek-V3 checkpoint, or complete a file of prompts.")
+    parser = Arguments(description="Chat with a DeepSeek-V3 checkpoint, or complete a file of prompts.")
     add = parser.add_argument
     add("--ckpt-path", required=True, metavar="DIR", help="Hugging Face folder as downloaded, or convert.py's output")
     add("--config", metavar="FILE", help="model config; by default the folder's config.json")

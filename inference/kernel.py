@@ -545,8 +545,8 @@ def launch_gemm(
     partial = x.new_empty(size, dtype=torch.float32)
     order, tile_expert, tile_start, tile_stop = routing or (count, count, count, count)
     w_bits = w.view(torch.uint8) if format == "w8a16" else w
-    # Many tokens in FP8: three programs of 4 warps share a multiprocessor if they take at most 168 registers a thread.
-    registers = {"maxnreg": 168} if format == "fp8" and not tiles.swap and tiles.warps == 4 else {}
+    # Of programs of 4 warps three share one of Hopper's multiprocessors if they take at most 168 registers a thread.
+    registers = {"maxnreg": 168} if format == "fp8" and tiles.tma_w and tiles.warps == 4 else {}
     gemm_kernel[(n_tiles * tiles.split,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, block_k]) if tiles.tma_x else x,
         x if x_scale is None else x_scale,

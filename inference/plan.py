@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
 from config import BLOCK_SIZE, ModelArgs
-from errors import InputError, run_command
+from errors import Arguments, InputError, run_command
 from kernel import cdiv
 from model import compute_dtype
 from parallel import Parallel
@@ -305,7 +305,7 @@ def fit(args: ModelArgs, mp: int, expert_parallel: bool, working: list[int], gpu
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What a model takes: memory, disk, GPUs, time a token. Loads nothing.")
+    parser = Arguments(description="What a model takes: memory, disk, GPUs, time a token. Loads nothing.")
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config", type=Path, metavar="FILE", help="model config, ours or Hugging Face's")

@@ -778,8 +778,8 @@ def test_too_little_memory(monkeypatch):
 )
 def test_flags_that_make_no_sense(command, flags):
     code, out, err = command("--ckpt-path", "x", *flags)
-    assert (code, out) == (2, "") and err.startswith("usage: ") and "error: " in err.splitlines()[-1]
-    assert not flags or flags[-2] in err.splitlines()[-1]
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert not flags or flags[-2] in err
 
 
 def test_a_refusal_as_a_process(tmp_path):
