@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernel import capability, cdiv, on_gpu, on_hopper, pdl_options
+from gpu import capability, cdiv, on_hopper, pdl_options
+from kernel import on_gpu
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from attention import latent_attention
 from errors import InputError, is_first
 from experts import experts, pair_block
-from kernel import E4M3, act_quant, cdiv, fp8_gemm, has_block_scaled_library, has_e4m3, launch_gemm, library_gemm
+from gpu import cdiv, has_e4m3
+from kernel import E4M3, act_quant, fp8_gemm, has_block_scaled_library, launch_gemm, library_gemm
 from parallel import Parallel, choose_device, join_ranks
 from plan import table
 from routing import sort_pairs

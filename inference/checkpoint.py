@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from config import BLOCK_SIZE, ModelArgs, read_json
 from errors import InputError, problems
-from kernel import E4M3, cdiv, weight_dequant
+from gpu import cdiv
+from kernel import E4M3, weight_dequant
 from loading import Piece, Slices, load, pieces_of
 from parallel import Parallel
 from safetensors_io import DTYPE_NAMES, SafetensorsFile, StoredTensor

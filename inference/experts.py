@@ -16,7 +16,8 @@ from torch.backends.mkldnn import flags
 
 from config import BLOCK_SIZE
 from fused import silu_mul, silu_mul_ref
-from kernel import E4M3, W8A16, Quantised, cdiv, fp8_gemm, launch_gemm, linear, on_gpu, quantised
+from gpu import cdiv
+from kernel import E4M3, W8A16, Quantised, fp8_gemm, launch_gemm, linear, on_gpu, quantised
 from routing import Routing
 
 FEW = 64  # tokens up to which a product is bound by reading the weights

@@ -20,7 +20,8 @@ from checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from config import BLOCK_SIZE, ModelArgs, read_json
 from conversion import Conversion, Piece, Reader, cut, open_hf
 from errors import Arguments, InputError, run_command
-from kernel import cdiv, weight_dequant
+from gpu import cdiv
+from kernel import weight_dequant
 from output import Target, to_json
 from parallel import choose_device
 from safetensors_io import Layout, Tensors

@@ -16,19 +16,8 @@ import triton
 import triton.language as tl
 
 from config import BLOCK_SIZE
-from kernel import (
-    E4M3,
-    E4M3_MAX,
-    MIN_AMAX,
-    UE8M0,
-    Quantised,
-    act_quant_ref,
-    cdiv,
-    counters,
-    on_gpu,
-    pdl_options,
-    scale_of,
-)
+from gpu import cdiv, counters, pdl_options
+from kernel import E4M3, E4M3_MAX, MIN_AMAX, UE8M0, Quantised, act_quant_ref, on_gpu, scale_of
 
 # As kernels see the constants of the format.
 _GROUP = tl.constexpr(BLOCK_SIZE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from config import BLOCK_SIZE
+from gpu import capability, cdiv, counters, has_e4m3, on_hopper, pdl_options
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -29,52 +30,10 @@ W8A16 = "w8a16"  # in place of a scale format: activations are not quantised
 FROM_THREADS = threading.Lock()  # two threads that launch a kernel for the first time would both compile and load it
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def on_gpu(x: torch.Tensor | Quantised) -> bool:
     """Whether to launch Triton kernels on `x`. They have no gradients: a trainer's activations go another way."""
     x = x.values if isinstance(x, Quantised) else x
     return (x.is_cuda or triton.knobs.runtime.interpret) and not x.requires_grad
-
-
-@functools.lru_cache
-def counters(device: torch.device) -> torch.Tensor:
-    """
-    [65536] int32, all zero between kernels: where programs that share a result count themselves in, so that the last
-    to arrive finishes it. That one leaves its counter at zero again.
-    """
-    return torch.zeros(65536, dtype=torch.int32, device=device)
-
-
-@functools.lru_cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """A GPU's compute capability: (8, 0) for an A100, (9, 0) for an H100 or H200. (0, 0) for a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def has_e4m3(device: torch.device) -> bool:
-    """Whether Triton can read and write e4m3 here: GPUs from 8.9 on. PyTorch itself can anywhere."""
-    return device.type != "cuda" or capability(device) >= (8, 9)
-
-
-def on_hopper(device: torch.device) -> bool:
-    """
-    Whether this GPU has what Hopper brought: the copy engine, programmatic dependent launch, 227 KiB of shared memory.
-    Blackwell's consumer cards, from 12.0 on, have 99 KiB like Ada's.
-    """
-    return (9, 0) <= capability(device) < (12, 0)
-
-
-def pdl_options(device: torch.device) -> dict[str, Any]:
-    """
-    Programmatic dependent launch: a kernel may start while the one before it drains, and waits (gdc_wait) before it
-    reads what that one wrote. Not under a profiler, to which their times would seem to overlap.
-    """
-    if on_hopper(device) and not torch.autograd._profiler_enabled():
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
 
 
 class Quantised(NamedTuple):

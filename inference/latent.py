@@ -16,7 +16,8 @@ import triton.language as tl
 from attention import cache_write
 from config import BLOCK_SIZE
 from fused import outputs, quantise_groups, quantised_ref, result, store_normed
-from kernel import UE8M0, Quantised, act_quant, cdiv, on_gpu, on_hopper, pdl_options, prefetch
+from gpu import cdiv, on_hopper, pdl_options
+from kernel import UE8M0, Quantised, act_quant, on_gpu, prefetch
 
 _GROUP = tl.constexpr(BLOCK_SIZE)
 

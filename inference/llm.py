@@ -18,7 +18,7 @@ from checkpoint import Checkpoint, load_model, tensor_specs
 from config import GEMMS, MAX_DRAFTS, ModelArgs
 from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
-from kernel import has_e4m3
+from gpu import has_e4m3
 from model import Transformer
 from parallel import Parallel, choose_device, join_ranks
 from plan import PREFILL_CHUNK, Memory, cache_length, memory

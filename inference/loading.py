@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kernel import cdiv
+from gpu import cdiv
 from safetensors_io import StoredTensor
 
 READERS = 8

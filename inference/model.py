@@ -26,7 +26,8 @@ from attention import latent_attention, prefill_attention
 from config import BLOCK_SIZE, ModelArgs
 from experts import experts, gated_linear, pair_block
 from fused import add_rms_norm
-from kernel import E4M3, W8A16, Quantised, cdiv, linear, linear_fp32
+from gpu import cdiv
+from kernel import E4M3, W8A16, Quantised, linear, linear_fp32
 from latent import absorb_query, expand_value, join_keys, latents, rotate_query
 from parallel import Parallel
 from routing import Routing, gate_scores, route_and_sort

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from checkpoint import JOURNAL
 from errors import InputError
-from kernel import cdiv
+from gpu import cdiv
 from safetensors_io import INCOMPLETE, Layout, SafetensorsWriter, reporting, sync_folder
 
 HASH_BYTES = 1 << 20

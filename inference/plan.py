@@ -20,7 +20,7 @@ from typing import NamedTuple
 from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
 from config import BLOCK_SIZE, ModelArgs
 from errors import Arguments, InputError, run_command
-from kernel import cdiv
+from gpu import cdiv
 from model import compute_dtype
 from parallel import Parallel
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernel import cdiv, counters, linear_fp32, on_gpu, pdl_options, prefetch
+from gpu import cdiv, counters, pdl_options
+from kernel import linear_fp32, on_gpu, prefetch
 
 _LAST = tl.constexpr(0x7FFFFFFF)
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)

@@ -22,8 +22,8 @@ from attention import (
     prefill_attention,
     prefill_attention_ref,
 )
+from gpu import cdiv
 from interpreter import interpret, needs_interpreter
-from kernel import cdiv
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

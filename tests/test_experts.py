@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import triton
 
 from experts import experts, gated_linear, gated_linear_ref, pair_block
+from gpu import cdiv, counters
 from interpreter import interpret, needs_interpreter
-from kernel import E4M3, Quantised, Tiles, act_quant, act_quant_ref, cdiv, counters, launch_gemm, weight_quant
+from kernel import E4M3, Quantised, Tiles, act_quant, act_quant_ref, launch_gemm, weight_quant
 from routing import Routing, sort_pairs_ref, tile_count
 from test_fused import interpret_bf16_dots, poisoned
 from test_kernel import SCALE_FMTS, before_nans, relative, strided_before_nans

@@ -19,8 +19,9 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from attention import cache_write
 from fused import add_rms_norm, add_rms_norm_ref, argmax, silu_mul, silu_mul_ref, sum_terms
+from gpu import counters
 from interpreter import interpret, needs_interpreter
-from kernel import E4M3, Quantised, act_quant_ref, counters
+from kernel import E4M3, Quantised, act_quant_ref
 from latent import (
     absorb_query,
     absorb_query_ref,

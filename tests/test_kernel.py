@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import kernel
 from config import ModelArgs
+from gpu import cdiv, counters
 from interpreter import interpret, needs_interpreter
 from kernel import (
     E4M3,
@@ -24,9 +25,7 @@ from kernel import (
     Tiles,
     act_quant,
     act_quant_ref,
-    cdiv,
     choose_tiles,
-    counters,
     fp8_gemm,
     fp8_gemm_ref,
     launch_gemm,

@@ -11,8 +11,8 @@ import itertools
 import pytest
 import torch
 
+from gpu import counters
 from interpreter import interpret, needs_interpreter
-from kernel import counters
 from routing import (
     CHUNK,
     FEW_PAIRS,

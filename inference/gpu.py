@@ -1,0 +1,50 @@
+"""What a GPU is and has, as far as launching kernels depends on it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.lru_cache
+def counters(device: torch.device) -> torch.Tensor:
+    """
+    [65536] int32, all zero between kernels: where programs that share a result count themselves in, so that the last
+    to arrive finishes it. That one leaves its counter at zero again.
+    """
+    return torch.zeros(65536, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability: (8, 0) for an A100, (9, 0) for an H100 or H200. (0, 0) for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def has_e4m3(device: torch.device) -> bool:
+    """Whether Triton can read and write e4m3 here: GPUs from 8.9 on. PyTorch itself can anywhere."""
+    return device.type != "cuda" or capability(device) >= (8, 9)
+
+
+def on_hopper(device: torch.device) -> bool:
+    """
+    Whether this GPU has what Hopper brought: the copy engine, programmatic dependent launch, 227 KiB of shared memory.
+    Blackwell's consumer cards, from 12.0 on, have 99 KiB like Ada's.
+    """
+    return (9, 0) <= capability(device) < (12, 0)
+
+
+def pdl_options(device: torch.device) -> dict[str, Any]:
+    """
+    Programmatic dependent launch: a kernel may start while the one before it drains, and waits (gdc_wait) before it
+    reads what that one wrote. Not under a profiler, to which their times would seem to overlap.
+    """
+    if on_hopper(device) and not torch.autograd._profiler_enabled():
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
