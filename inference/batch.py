@@ -162,6 +162,8 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
     prompts = read_prompts(args.input_file)
     first = is_first()
     results = Results(args.output_file if first else None, Path(args.input_file), prompts, args.resume)
+    if params.logprobs is not None and any("logprobs" not in item for item in results.done.values()):
+        raise InputError(f"--resume --logprobs: results in {args.output_file} are without; leave --resume out")
     model_args = Checkpoint(args.ckpt_path, args.config).args
     tokenizer = load_tokenizer(args.ckpt_path)
     ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in prompts]

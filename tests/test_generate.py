@@ -730,6 +730,7 @@ def test_a_failed_write_leaves_the_old_results_and_the_new_ones(folder, input_fi
     target.unlink()
     command(*argv, "--max-new-tokens", 2, "--resume")
     assert len(read_results(target)) == len(PROMPTS)
+    check_refusal(command(*argv, "--resume", "--logprobs", 1), "--resume --logprobs: results in")
 
 
 def test_chat_templates(spoiled, input_file, tmp_path, command):
