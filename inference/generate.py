@@ -147,7 +147,11 @@ def main() -> None:
     from sampling import SamplingParams
 
     args.stop = tuple(args.stop)
-    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
+    try:
+        params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
+    except InputError as error:  # names the field, as Python's callers know it
+        name, rest = str(error).split(" ", 1)
+        raise InputError(f"--{name.replace('_', '-')} {rest}") from None
     if args.interactive:
         chat(args, params)
     else:
