@@ -124,6 +124,8 @@ class ModelArgs:
                 raise InputError(f"config: {name} is {value!r}, wanted an integer of at least {low}")
             if kind is float and (type(value) not in (int, float) or not 1e-30 <= value <= 1e30):
                 raise InputError(f"config: {name} is {value!r}, wanted a number from 1e-30 to 1e30")
+            if kind is float:  # JSON's integers have no limit, torch's have
+                object.__setattr__(self, name, float(value))
             if (allowed := get_args(kind)) and value not in allowed:
                 raise InputError(f"config: {name} is {value!r}, wanted one of {allowed}")
         contradictions = [

@@ -355,3 +355,8 @@ def test_no_config_file(tmp_path):
     for path in (tmp_path / "config.json", tmp_path):
         with pytest.raises(InputError, match=str(path)):
             read_json(path)
+
+
+def test_a_number_without_a_point_is_a_float_where_one_belongs():
+    args = ModelArgs.from_hf(V3_1 | {"routed_scaling_factor": 10**25, "rope_theta": 10000})
+    assert (type(args.route_scale), type(args.rope_theta)) == (float, float) and args.route_scale == 1e25
