@@ -451,7 +451,7 @@ def medium_tiles(N: int, slices: int) -> Tiles:
     """
     block_n, programs = (128, 240) if N >= 4096 and slices >= 64 else (64, 150)
     split = max(1, programs // cdiv(N, block_n))
-    return Tiles(64, block_n, cdiv(slices, cdiv(slices, split)), 4, 4, False, True, True)
+    return Tiles(64, block_n, cdiv(slices, cdiv(slices, split)), 4, 4, False)
 
 
 def launch_gemm(
