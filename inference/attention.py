@@ -232,8 +232,8 @@ def latent_attention_kernel(
     tensor cores, and decoding has fewer queries.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     T_AXIS: tl.constexpr = 0 if SWAP else 1
     split, splits, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -293,8 +293,8 @@ def merge_kernel(
     One program: BLOCK_C channels of one query. Splits without keys have lse = -inf, and their part is not read.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b, i = tl.program_id(0) // queries, tl.program_id(0) % queries
     c, split = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, SPLITS)
     at = (b * splits + split).to(tl.int64) * queries + i

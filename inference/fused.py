@@ -108,8 +108,8 @@ def add_rms_norm_kernel(
     inside = cols < D
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + m * D + cols, mask=inside, other=0.0).to(tl.float32)
     if TERMS > 0:
         for term in tl.static_range(TERMS):
@@ -156,8 +156,8 @@ def sum_terms_ref(terms: torch.Tensor) -> torch.Tensor:
 def sum_terms_kernel(terms_ptr, out_ptr, D, TERMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program: BLOCK columns of one token."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -194,8 +194,8 @@ def silu_mul_kernel(
 ):  # fmt: skip
     """One program: BLOCK groups of 128, which may be of several tokens. Reads 4 bytes an output, writes 1 or 2."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     per_token = tl.cdiv(INTER, _GROUP)
     m, group = (item // per_token).to(tl.int64), item % per_token
@@ -244,8 +244,8 @@ def argmax_kernel(
 ):  # fmt: skip
     """One program: BLOCK_V numbers of a row, of CHUNKS; the last one compares the chunks."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b, chunk = tl.program_id(0), tl.program_id(1)
     v = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(x_ptr + b.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))

@@ -44,6 +44,9 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
     """
     Programmatic dependent launch: a kernel may start while the one before it drains, and waits (gdc_wait) before it
     reads what that one wrote. Not under a profiler, to which their times would seem to overlap.
+
+    Products let the next kernel start (gdc_launch_dependents) at once. The small kernels do so only after their own
+    wait: where several kernels to come are let in one upon the other, their programs fill the multiprocessors unevenly.
     """
     if on_hopper(device) and not torch.autograd._profiler_enabled():
         return {"PDL": True, "launch_pdl": True}

@@ -54,8 +54,8 @@ def rotate_query_kernel(
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token. Reads and writes 2 bytes of R / (N + R) of the elements."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     col = tl.arange(0, 2 * PAIRS)
@@ -156,8 +156,8 @@ def latents_kernel(
 ):  # fmt: skip
     """Two programs a token, side by side: the key and value latent with the rotary key, and the query latent."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
     y_ptr += m * y_stride
     if tl.program_id(1) == 0:
@@ -260,11 +260,10 @@ def absorb_query_kernel(
     n, c = tl.arange(0, BLOCK_N), first_c + tl.arange(0, BLOCK_C)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     w_ptrs = w_ptr + h.to(tl.int64) * head_stride + n[:, None] * row_stride + c[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(w_ptrs, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = m.to(tl.int64)[:, None] * H + h
     q_ptrs = q_ptr + m.to(tl.int64)[:, None] * q_stride + h * (N + R)
     q = tl.load(q_ptrs + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
@@ -315,10 +314,10 @@ def expand_value_kernel(
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         row = h.to(tl.int64) * head_stride + tl.minimum(v, V - 1)[:, None] * row_stride
         prefetch(w_ptr + row + tl.minimum(tl.arange(0, LINES) * 64, C - 1)[None, :])
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = m.to(tl.int64) * H + h
     acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)

@@ -65,11 +65,11 @@ def few_scores_kernel(
     """One program: BLOCK_E experts for all of the few tokens. Bound by reading W (4 * E * D bytes), all in flight."""
     m, e = tl.arange(0, BLOCK_M)[:, None], (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E))[None, :]
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         for first in tl.static_range(0, D, BLOCK_D):
             line = first + tl.arange(0, BLOCK_D // 32)[:, None] * 32
             prefetch(w_ptr + tl.minimum(e, E - 1) * D + tl.minimum(line, D - 1))
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, BLOCK_E, BLOCK_D), dtype=tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)[None, None, :]
@@ -93,8 +93,8 @@ def split_scores_kernel(
     The tensor cores take bf16, so w = hi + lo, both bf16: exact for a weight that was bf16, within 2^-17 for others.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
@@ -234,8 +234,8 @@ def route_kernel(
 ):  # fmt: skip
     """One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0)
     logits_ptr += m * E
     group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)
@@ -399,8 +399,8 @@ def sort_kernel(
     another.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if tl.program_id(0) == 0:
         total = tl.histogram(load_experts(indices_ptr, tl.arange(0, PAIRS), P, first, n_local, BINS - 1), BINS)
         start = tl.cumsum(total, 0) - total
@@ -419,8 +419,8 @@ def count_kernel(
 ):  # fmt: skip
     """One program: the pairs of each expert in a chunk. The last one knows all, and where experts and tiles begin."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     chunk, bins = tl.program_id(0), tl.arange(0, BINS)
     expert = load_experts(indices_ptr, chunk * CHUNK + tl.arange(0, CHUNK), P, first, n_local, BINS - 1)
     tl.store(counts_ptr + chunk * BINS + bins, tl.histogram(expert, BINS))
@@ -443,8 +443,8 @@ def place_kernel(
     in the chunks before, and those in this chunk.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     chunk, bins = tl.program_id(0), tl.arange(0, BINS)
     count = tl.load(counts_ptr + chunk * BINS + bins)
     lower = tl.cumsum(count, 0) - count  # in this chunk, so counted twice
