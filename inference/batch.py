@@ -46,7 +46,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             json.dumps(item, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise InputError(f"{where}: half of a surrogate pair, which is no character") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             raise InputError(f"{where}: not JSON: {error}") from None
         if not isinstance(item, dict) or len({"prompt", "messages"} & item.keys()) != 1:
             raise InputError(f'{where}: wanted an object with either "prompt" or "messages"')
@@ -90,16 +90,32 @@ class Results:
         folder = self.path.parent
         if not folder.is_dir():
             raise InputError(f"--output-file {path}: no folder {folder}")
-        if (self.path.exists() and not self.path.is_file()) or not os.access(folder, os.W_OK):
-            raise InputError(f"--output-file {path}: not a file that can be written")
         self.partial, self.ordered = (Path(f"{self.path}.incomplete{end}") for end in ("", ".sorted"))
-        if Path(os.path.realpath(input_file)) in (self.path, self.partial, self.ordered):
+        files = self.path, self.partial, self.ordered
+        try:
+            usable = os.access(folder, os.W_OK | os.X_OK) and all(f.is_file() for f in files if os.path.lexists(f))
+            os.lstat(self.ordered)  # the longest name
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise InputError(f"--output-file {path}: {error.strerror}") from None
+        if not usable:
+            raise InputError(f"--output-file {path}: not a file that can be written")
+        if Path(os.path.realpath(input_file)) in files:
             raise InputError(f"--output-file {path}: it would overwrite --input-file {input_file}")
-        if not resume:
-            self.partial.unlink(missing_ok=True)
-        for source in (self.path, self.partial):
-            if resume and source.exists():
-                self._read(source, prompts)
+        self.resumed = resume
+        source = self.partial if self.partial.exists() else self.path  # FILE may be an earlier job's then
+        if resume and source.exists():
+            self._read(source, prompts)
+
+    def begin(self) -> None:
+        """From here on FILE.incomplete is this job's: it holds what is resumed, or nothing yet."""
+        if self.path is None or (self.resumed and self.partial.exists()):
+            return
+        if self.done:
+            self._write(self.ordered, [self.done[i] for i in sorted(self.done)], "w", rename=self.partial)
+        else:
+            self._write(self.partial, [], "w")
 
     def _read(self, path: Path, prompts: list[Item]) -> None:
         if path == self.partial:  # a killed job leaves its last line torn, maybe amid a character
@@ -174,6 +190,7 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
     llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
     done = llm.parallel.broadcast_object(set(results.done))  # one answer for all ranks
     requests = [Request(prompt, params, index) for index, prompt in enumerate(ids) if index not in done]
+    results.begin()
 
     signals: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))

@@ -60,6 +60,9 @@ IGNORED = set(
     """.split()
 )
 
+# What transformers adds to an FP8 quantization_config -> the values that change nothing here.
+TRANSFORMERS_FP8 = {"dequantize": (False,), "modules_to_convert": (None,), "expert_dtype": ("fp8", None)}
+
 
 @dataclass(frozen=True)
 class ModelArgs:
@@ -132,6 +135,7 @@ class ModelArgs:
             (self.n_dense_layers > self.n_layers, f"{self.n_dense_layers=} is more than {self.n_layers=}"),
             (self.qk_rope_head_dim % 2, f"{self.qk_rope_head_dim=} is odd; rotary dimensions come in pairs"),
             (self.rope_factor < 1, f"{self.rope_factor=} is less than 1"),
+            (self.beta_fast < self.beta_slow, f"{self.beta_fast=} is less than {self.beta_slow=}"),
             (self.rope_theta <= 1, f"{self.rope_theta=} is not more than 1; rotary pairs would all turn alike"),
             (self.scale_fmt and self.dtype != "fp8", f"{self.scale_fmt=} needs dtype 'fp8', not {self.dtype!r}"),
         ]
@@ -263,18 +267,23 @@ def _dtype(hf: dict[str, Any]) -> dict[str, Any]:
         if (found := quantization.pop(key, None)) != value:
             raise InputError(f"config: quantization_config.{key} is {found!r}; only {value!r} is supported")
     quantization.pop("modules_to_not_convert", None)  # the weights' own dtypes are checked when they are read
+    for key, values in TRANSFORMERS_FP8.items():
+        if key in quantization and (found := quantization.pop(key)) not in values:
+            raise InputError(f"config: quantization_config.{key} is {found!r}; only {values[0]!r} is supported")
     if quantization:
         raise InputError(f"config: unknown field quantization_config.{min(quantization)}")
-    return {"dtype": "fp8", "scale_fmt": scale_fmt}
+    return {"dtype": "fp8", "scale_fmt": None if scale_fmt == "float" else scale_fmt}
 
 
 def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings as released (`rope_theta`, `rope_scaling`) or as transformers 5 writes them."""
     released, rope = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
-    rope = released if rope is None else rope
-    if not isinstance(rope, (dict, type(None))):
-        raise InputError(f"config: rope_scaling is {rope!r}, wanted an object")
-    rope = dict(rope or {})
+    for given in (released, rope):
+        if not isinstance(given, (dict, type(None))):
+            raise InputError(f"config: rope_scaling is {given!r}, wanted an object")
+    if released and rope and _rope_without_theta(released) != _rope_without_theta(rope):
+        raise InputError(f"config: rope_scaling = {released} and rope_parameters = {rope} contradict")
+    rope = dict(rope or released or {})
     theta = {"rope_theta": hf.pop("rope_theta", None), "rope_scaling.rope_theta": rope.pop("rope_theta", None)}
     data: dict[str, Any] = {"rope_theta": _pop(theta, *theta, default=10000.0)}
     kind = _pop(rope, "rope_type", "type", default="default")
@@ -286,6 +295,12 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     if left:
         raise InputError(f"config: unknown field rope_scaling.{min(left)} = {rope[min(left)]!r}")
     return data
+
+
+def _rope_without_theta(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one spelling; the base, which stands beside rope_scaling, is compared apart."""
+    names = {"type": "rope_type"}
+    return {names.get(key, key): value for key, value in rope.items() if key != "rope_theta" and value is not None}
 
 
 def _yarn(rope: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from output import (
     companions,
     drop_cache,
     free_bytes,
+    left_out,
     read_file,
     to_json,
     write_file,
@@ -46,6 +47,7 @@ from safetensors_io import Layout, SafetensorsFile, reporting
 
 PIECE_BYTES = 1 << 20  # of a tensor as stored: larger ones leave the processor's cache between reading and writing
 ROUND_BYTES = 256 << 20  # written between two lines of the journal, at least
+SCALES = ("_scale_inv", ".scale")  # how their names end, in a Hugging Face folder and in shards
 AHEAD_BYTES = 1 << 30  # written before its checksum is taken, at most: as much as the system's cache surely holds
 WORKERS = max(3, min(8, os.cpu_count() or 1))
 
@@ -163,6 +165,7 @@ class Conversion:
 
     def _write(self) -> None:
         began = time.perf_counter()
+        self._check_scales()
         self._check_folder()
         with Journal(self.target, self._identity()) as self.journal, contextlib.ExitStack() as stack:
             for file in self.outputs.values():
@@ -184,6 +187,8 @@ class Conversion:
         skipped = {name: why for name, why in self.outcomes.items() if why not in done}
         for name, why in skipped.items():
             print(f"skipped {name}: {why}")
+        if others := left_out(self.source):
+            print(f"not copied: {', '.join(others)}")
         counts = [f"{list(self.outcomes.values()).count(word)} {word}" for word in done] + [f"{len(skipped)} skipped"]
         print(f"{self.source}: of {len(self.outcomes)} tensors {', '.join(counts)}")
         self._summarise("written", began, self.total - before)
@@ -204,6 +209,12 @@ class Conversion:
 
     # The folder
 
+    def _check_scales(self) -> None:
+        """Raises InputError for a scale that cannot be one: here, as a file half written would be of no use."""
+        scales = [(file, name) for file in self.inputs for name in file.tensors if name.endswith(SCALES)]
+        for file, name in tqdm(scales, desc="scales", leave=False, delay=1):
+            check_scale(file.path, name, file.read(name))
+
     def _check_folder(self) -> None:
         """Raises InputError unless the folder is new, empty or an unfinished one, with room for what is to come."""
         with reporting(self.target, "cannot be made an output folder"):
@@ -211,7 +222,10 @@ class Conversion:
             if entries and JOURNAL not in entries:
                 raise InputError(f"{self.target}: the output folder is not empty; choose another")
             needed = sum(file.missing() for file in self.outputs.values()) + len(self.config)
-            needed += sum(path.stat().st_size for path in companions(self.source))
+            for path in companions(self.source):
+                needed += path.stat().st_size
+                with reporting(path, "cannot be read"):
+                    path.open("rb").close()
             if needed > (free := free_bytes(self.target)):
                 raise InputError(f"{self.target}: {needed:,} bytes are to be written and only {free:,} are free")
             self.target.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from decode import Decoder, Flight, TokenLogprobs
+from errors import InputError
 from model import Transformer
 from sampling import Kind, SamplingParams, verify
 
@@ -98,6 +99,7 @@ class Engine:
         self.contents: list[list[int]] = [[] for _ in range(max_batch_size)]  # token ids that each row's cache holds
         self.free = list(range(max_batch_size))
         self.kind: Kind | None = None  # of the live rows; None when they have changed
+        self.running = False
         self.stats = Stats(drafted=[0] * self.n_drafts, accepted=[0] * self.n_drafts)
 
     def run(
@@ -108,15 +110,20 @@ class Engine:
         Whoever takes them may set it too, to end a request.
 
         `interrupted` is asked on rank 0 once a pass and ends what is live and waiting. A prompt must be shorter than
-        max_seq_len: prompt and completion together are at most that long.
+        max_seq_len: prompt and completion together are at most that long. Raises InputError while another run is
+        under way: its rows would be taken.
         """
+        if self.running:
+            raise InputError("another stream is being decoded: take it to its end, or close() it")
+        self.running = True
         waiting, live = deque(requests), []
         in_flight: Launched | None = None
         self.decoder.signal(stop=False)
         start = time.perf_counter()
         try:
             while waiting or live:
-                if waiting and self.free and in_flight is None:
+                prefilling = bool(waiting and self.free and in_flight is None)
+                if prefilling:
                     admitted = self._admit([waiting.popleft() for _ in range(min(len(self.free), len(waiting)))])
                     live += admitted
                     passes = self._prefill(admitted, interrupted)
@@ -127,7 +134,10 @@ class Engine:
                 for news, stopped in passes:
                     for request, tokens, logprobs in news:
                         request.first_token_seconds = request.first_token_seconds or time.perf_counter() - start
-                        yield request, self._take(request, tokens, logprobs)
+                        taken = self._take(request, tokens, logprobs)
+                        if not prefilling:
+                            self._count(len(tokens), len(taken) + (request.finish_reason == "stop"))
+                        yield request, taken
                         if request.finish_reason:
                             live.remove(request)
                             self._release(request)
@@ -138,6 +148,8 @@ class Engine:
         finally:
             for request in live:
                 self._release(request)
+            self.running = False
+            self.free += [row for row in range(len(self.contents)) if row not in self.free]  # taken amid an exception
 
     # --- rows of the cache ---
 
@@ -166,6 +178,10 @@ class Engine:
         request.row = -1
         self.kind = None
 
+    def forget(self) -> None:
+        """Let no prompt reuse what the rows hold."""
+        self.contents = [[] for _ in self.contents]
+
     def _room(self, request: Request) -> int:
         """How many tokens the request may still gain."""
         limit = min(len(request.prompt) + request.params.max_tokens, self.max_seq_len)
@@ -187,6 +203,14 @@ class Engine:
         request.logprobs += logprobs[: len(taken)]
         self.stats.new_tokens += len(taken)
         return taken
+
+    def _count(self, new: int, gained: int) -> None:
+        """In the statistics: a step gave a row `new` tokens, of which `gained` came before its end."""
+        for i in range(min(gained, self.n_drafts)):
+            self.stats.drafted[i] += 1
+            self.stats.accepted[i] += i < new - 1
+        self.stats.row_tokens += gained
+        self.stats.row_steps += 1
 
     # --- passes of the model ---
 
@@ -266,11 +290,6 @@ class Engine:
                 continue
             r.cached += len(tokens)
             news.append((r, tokens, reported(logprob, r)))
-            for i in range(min(len(tokens), self.n_drafts)):
-                self.stats.drafted[i] += 1
-                self.stats.accepted[i] += i < len(tokens) - 1
-            self.stats.row_tokens += len(tokens)
-            self.stats.row_steps += 1
         return news, stopped
 
 

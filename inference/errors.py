@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -36,7 +37,7 @@ def positive(text: str) -> int:
 
 def is_first() -> bool:
     """Whether this is the only process, or torchrun's rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -45,6 +46,8 @@ def run_command(main: Callable[[], None]) -> None:
     line, exit 1; the rest is a bug.
     """
     try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what a terminal cannot
         main()
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a reader that is gone can be dealt with
@@ -61,6 +64,12 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(1)
     except BrokenPipeError:  # whoever read our output has seen enough, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except KeyboardInterrupt as stop:
         if is_first():  # every rank is interrupted, and only rank 0 knows what is finished

@@ -76,7 +76,7 @@ def cast_folder(
     """
     config = read_json(checkpoint.path / CONFIG_FILE)
     config |= {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
-    for key in ("quantization_config", "auto_map"):  # the code that auto_map names is not copied
+    for key in ("quantization_config", "auto_map"):  # auto_map: transformers has the class itself
         config.pop(key, None)
     if quantization:
         config["quantization_config"] = quantization

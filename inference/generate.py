@@ -84,10 +84,11 @@ def status(stats: Stats, requests: list[Request], seconds: float) -> str:
     """One line on what was done, how fast, and how well the drafts did."""
     started = [r.first_token_seconds for r in requests if r.tokens] or [0.0]
     new = sum(len(r.tokens) for r in requests)
-    line = f"{sum(len(r.prompt) for r in requests)} + {new} tokens, {seconds:.1f} s, first after "
+    asked = sum(len(r.prompt) for r in requests if r.first_token_seconds)
+    line = f"{asked} + {new} tokens, {seconds:.1f} s, first after "
     line += f"{sum(started) / len(started):.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s"
     if stats.drafted and stats.drafted[0]:
-        shares = ", ".join(f"{a / max(n, 1):.0%}" for a, n in zip(stats.accepted, stats.drafted, strict=True))
+        shares = ", ".join(f"{a / n:.0%}" if n else "-" for a, n in zip(stats.accepted, stats.drafted, strict=True))
         line += f", {stats.tokens_per_step:.2f} tokens a step, drafts accepted {shares}"
     return line
 
@@ -97,8 +98,15 @@ def status(stats: Stats, requests: list[Request], seconds: float) -> str:
 
 def chat(args: Namespace, params: SamplingParams) -> None:
     """A conversation at the keyboard of rank 0; every rank follows it."""
+    from checkpoint import Checkpoint
     from terminal import Terminal
+    from text import load_tokenizer
 
+    Checkpoint(args.ckpt_path, args.config)
+    if not load_tokenizer(args.ckpt_path).chat_template:
+        raise InputError(
+            f"--interactive: the tokenizer in {args.ckpt_path} has no chat_template; --input-file continues plain text"
+        )
     llm = load(args, max_batch_size=args.max_batch_size or 1, max_seq_len=args.max_seq_len, keep_prefix=True)
     messages = []
     with Terminal(enabled=llm.parallel.rank == 0) as terminal:
@@ -108,6 +116,7 @@ def chat(args: Namespace, params: SamplingParams) -> None:
                 return
             if line == "/clear":
                 messages = []
+                llm.engine.forget()
                 terminal.note("the conversation starts over")
             elif line.startswith("/"):
                 terminal.note(f"{line.split()[0]} is not a command; /clear starts over, /exit or Ctrl-D ends")
@@ -140,7 +149,7 @@ def say(llm: LLM, prompt: list[int], params: SamplingParams, terminal: Terminal)
 
 def main() -> None:
     args = parse_arguments()
-    if is_first():
+    if is_first() and sys.stderr is not None and sys.stderr.isatty():  # importing takes seconds
         print("starting ...", file=sys.stderr, flush=True)
     # OpenMP's waiting threads spin by default: with another program on one core, decoding is then 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -25,6 +25,8 @@ from plan import PREFILL_CHUNK, Memory, cache_length, memory
 from sampling import SamplingParams
 from text import Message, StopStrings, StreamDecoder, check_messages, encode, load_tokenizer, stop_ids
 
+Prompt = str | Sequence[int] | list[Message]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -118,7 +120,7 @@ class LLM:
 
         parallel, torch_device = join_ranks(choose_device(device), expert_parallel)
         if checkpoint.kind == "shards":
-            parallel = replace(parallel, expert_parallel=checkpoint.expert_parallel)
+            parallel = replace(parallel, expert_parallel=expert_parallel or checkpoint.expert_parallel)
         checkpoint.check(parallel.world_size, parallel.rank, parallel.expert_parallel)
         self.parallel: Parallel = parallel
         # Modules that will not draft are not loaded.
@@ -146,8 +148,9 @@ class LLM:
     def stats(self) -> Stats:
         return self.engine.stats
 
-    def encode(self, prompt: str | Sequence[int] | list[Message], system: str | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, system: str | None = None) -> list[int]:
         """Token ids of a prompt, of a conversation, or as they are. Raises InputError for one that cannot be run."""
+        prompt = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
         if isinstance(prompt, str):
             ids = encode(self.tokenizer, prompt, system)
         elif prompt and isinstance(prompt[0], dict):
@@ -178,6 +181,8 @@ class LLM:
                         request.finish_reason = "stop"
                         if n < 0:  # drafted tokens after the stop string do not count
                             del request.tokens[n:], request.logprobs[n:]
+                            self.engine.stats.new_tokens += n
+                            self.engine.stats.row_tokens += n
                         break
             if request.finish_reason:
                 del open_[id(request)]
@@ -186,11 +191,20 @@ class LLM:
             yield request, piece
 
     def generate(
-        self, prompts: str | Sequence[str | Sequence[int] | list[Message]], params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Complete one or several prompts, each a user's message, token ids or messages, in the order given."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        requests = [Request(self.encode(p), params or SamplingParams(), i) for i, p in enumerate(prompts)]
+        """
+        Complete one or several prompts, each a user's message, token ids or messages, in the order given. `params`: for
+        all, or one for each.
+        """
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral | dict)):
+            prompts = [prompts]
+        each = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        if len(each) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts and {len(each)} SamplingParams")
+        requests = [Request(self.encode(p), q, i) for i, (p, q) in enumerate(zip(prompts, each, strict=True))]
         for _ in self.run(requests):
             pass
         return [completion(request) for request in requests]
@@ -201,7 +215,7 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | Sequence[int] | list[Message],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[str, Request]]:
@@ -212,17 +226,24 @@ class LLM:
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """
-        Log-probability of each token after the first, given those before it, in one pass: for perplexities.
+        Log-probability of each token after the first, given those before it, as for a perplexity.
 
         Raises InputError for ids that the model or the cache cannot take.
         """
         ids = list(token_ids)
-        check_ids(ids, self.model.args.vocab_size, self.max_seq_len)
-        if len(ids) == 1:
-            return []
-        tokens = torch.tensor([ids], device=self.model.embed.weight.device)
-        logits = self.model(tokens[:, :-1], all_positions=True)
-        return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[0, :, 0].tolist()
+        check_ids(ids, self.model.args.vocab_size, len(ids) + 1)
+        if len(ids) > self.max_seq_len:
+            raise InputError(f"{len(ids)} tokens are more than max_seq_len, {self.max_seq_len}")
+        model, chunk = self.model, self.engine.prefill_chunk
+        tokens = torch.tensor(ids, device=model.embed.weight.device)
+        cache, found = model.new_cache(1, len(tokens)), []
+        for start in range(0, len(tokens) - 1, chunk):
+            part = tokens[:-1][start : start + chunk]
+            hidden = model.hidden(part[None], model.step((1, len(part)), start), cache)[0]
+            following = tokens[start + 1 : start + 1 + len(part)]
+            for h, ids in zip(hidden.split(256), following.split(256), strict=True):  # few logits at a time
+                found += model.logits(h).log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+        return found
 
 
 def completion(request: Request) -> Completion:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import JOURNAL
+from checkpoint import CONFIG_FILE, INDEX_FILE, JOURNAL
 from errors import InputError
 from gpu import cdiv
 from safetensors_io import INCOMPLETE, Layout, SafetensorsWriter, reporting, sync_folder
@@ -27,20 +27,12 @@ from safetensors_io import INCOMPLETE, Layout, SafetensorsWriter, reporting, syn
 HASH_BYTES = 1 << 20
 SUMS_FILE = "SHA256SUMS"
 
-# What belongs to a model beside its weights. Code is not copied: nothing here runs code that comes with a checkpoint.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "chat_template*.json",
-    "LICENSE*",
-    "README*",
+# What lies beside the weights is copied, but for what is written anew and for the weights in other formats.
+ANEW = (CONFIG_FILE, INDEX_FILE, SUMS_FILE)
+WEIGHTS = tuple(
+    f".{end}" for end in "safetensors bin pt pth ckpt pkl pickle h5 msgpack onnx gguf npz index.json".split()
 )
+MAX_COPIED_BYTES = 256 << 20
 
 
 class Target(NamedTuple):
@@ -168,9 +160,20 @@ class Journal:
 
 
 def companions(source: Path) -> list[Path]:
-    """The tokenizer, generation settings, chat template, licence and the like."""
-    found = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name.isprintable() and "\\" not in file.name)
+    """The tokenizer, generation settings, chat template, licence, code and whatever else is a file."""
+    return sorted(file for file in source.iterdir() if file.name not in ANEW and is_copied(file))
+
+
+def is_copied(file: Path) -> bool:
+    named = file.name.isprintable() and "\\" not in file.name and not file.name.endswith((INCOMPLETE, *WEIGHTS))
+    return named and file.is_file() and file.stat().st_size <= MAX_COPIED_BYTES
+
+
+def left_out(source: Path) -> list[str]:
+    """What of a folder is neither copied nor written anew nor read."""
+    known = (*ANEW, JOURNAL)
+    others = (file for file in source.iterdir() if file.name not in known and not is_copied(file))
+    return sorted(file.name.encode("unicode_escape").decode() for file in others if file.suffix != ".safetensors")
 
 
 def free_bytes(folder: Path) -> int:

@@ -173,11 +173,14 @@ def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, to
     that is current.
     """
     torch_device = torch.device(device)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for name in () if alone else ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise InputError(f"WORLD_SIZE is set, but {name} is {os.environ.get(name)!r}: torchrun sets them all")
     if device == "cuda":
         if "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch_device = torch.device("cuda", torch.cuda.current_device())
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return replace(Parallel() if alone else joined(torch_device), expert_parallel=expert_parallel), torch_device
 
 

@@ -46,8 +46,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises InputError for a setting that makes no sense."""
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name, kind in get_type_hints(type(self)).items():
             value, number = getattr(self, name), {float: Real, int: Integral, int | None: Integral | None}.get(kind)
             if number and not isinstance(value, number):
@@ -60,7 +60,7 @@ class SamplingParams:
             ("seed", not 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
             ("top_k", self.top_k < 0, "0 (all tokens) or more"),
             ("min_p", not 0 <= self.min_p < 1, "a number from 0 to less than 1"),
-            ("repetition_penalty", not 0 < self.repetition_penalty <= 100, "a number above 0, at most 100"),
+            ("repetition_penalty", not 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
             ("stop", not texts, "a tuple of strings that are not empty"),
             ("logprobs", self.logprobs is not None and not 0 <= self.logprobs <= 100, "0 to 100 alternatives"),
         ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import sys
@@ -23,7 +24,9 @@ except ImportError:  # not on every system; then there is neither editing nor Ct
     readline = termios = None
 
 CTRL_C = b"\x03"
-HISTORY = Path("~/.deepseek_v3_history").expanduser()
+CTRL_D = b"\x04"
+NOT_TEXT = re.compile(rb"\x1b\[[0-9;]*[A-Za-z~]|[\x00-\x08\x0b-\x1f\x7f]")  # keys that edit or move
+HISTORY = Path(os.path.expanduser("~/.deepseek_v3_history"))
 
 
 class Terminal:
@@ -74,11 +77,14 @@ class Terminal:
         try:
             line, end, rest = self.typed.partition(b"\n")
             if end:
-                line, self.typed = line.decode(errors="surrogateescape"), rest
+                line, self.typed = NOT_TEXT.sub(b"", line).decode(errors="surrogateescape"), rest
                 print(f"> {line}")
             else:
                 if self.is_tty:
-                    text, self.typed = self.typed.decode(errors="replace"), b""
+                    ended = self.typed.endswith(CTRL_D)
+                    text, self.typed = NOT_TEXT.sub(b"", self.typed).decode(errors="replace"), b""
+                    if ended:
+                        raise EOFError
                     readline.set_startup_hook(lambda: readline.insert_text(text))
                 line = input("> " if self.is_tty else "")
             line.encode()

@@ -127,9 +127,10 @@ def test_shards_hold_every_slice_bit_for_bit(tmp_path, run, kind, dtype, mp, exp
 def test_a_converted_folder_is_complete(small, tmp_path, run):
     code, *_ = run(convert, *convert_argv(small, tmp_path / "out"))
     assert code == 0
-    names = ["LICENSE-MODEL", "README.md", "SHA256SUMS", "chat_template.jinja", "config.json", "generation_config.json"]
+    names = ["LICENSE-MODEL", "README.md", "SHA256SUMS", "chat_template.jinja", "config.json"]
+    names += ["configuration_deepseek.py", "generation_config.json", "notes.txt"]
     names += ["model0-mp2.safetensors", "model1-mp2.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(os.listdir(tmp_path / "out")) == names
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
     for name in names:
         if not name.endswith(".safetensors") and name != "SHA256SUMS":
             assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
@@ -378,10 +379,13 @@ def test_cast_keeps_the_key_of_the_type_and_names_no_missing_code(small, tmp_pat
     AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", trust_remote_code=True)
 
 
-def test_cast_output_holds_everything_but_code(small, tmp_path, run):
-    assert run(fp8_cast_bf16, *cast_argv(small, tmp_path / "out"))[0] == 0
+def test_cast_output_holds_everything_but_other_weights_and_folders(small, tmp_path, run):
+    code, out, _ = run(fp8_cast_bf16, *cast_argv(small, tmp_path / "out"))
+    assert code == 0 and "not copied: inference, old.bin\n" in out
     missing = set(os.listdir(small)) - set(os.listdir(tmp_path / "out"))
-    assert missing == {"configuration_deepseek.py", "old.bin", "notes.txt", "inference"}
+    assert missing == {"old.bin", "inference"}
+    for name in ("configuration_deepseek.py", "notes.txt"):
+        assert (tmp_path / "out" / name).read_text() == f"the contents of {name}"
 
 
 def test_a_file_that_held_only_scales_disappears(tmp_path, run):
@@ -419,6 +423,11 @@ def many_experts(folder: Path) -> str:
     return json.dumps(config | {"n_routed_experts": 300_000})
 
 
+def spoil_scale(tensors: dict[str, torch.Tensor]) -> None:
+    if WEIGHT + "_scale_inv" in tensors:
+        tensors[WEIGHT + "_scale_inv"][-1, -1] = torch.nan
+
+
 DAMAGE = {
     "missing folder": (shutil.rmtree, "no such folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -429,6 +438,7 @@ DAMAGE = {
         "the scale of an FP8 weight, is missing",
     ),
     "tensor missing": (lambda f: edit(f, lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
+    "a scale of NaN": (lambda f: edit(f, spoil_scale), "has a scale that is negative, NaN or infinite"),
     "config is a pipe": (lambda f: replace(f / "config.json", os.mkfifo), "config.json: not a file"),
     "config without an end": (
         lambda f: replace(f / "config.json", lambda path: path.symlink_to("/dev/zero")),

@@ -134,7 +134,12 @@ def test_generate_equals_transformers(tmp_path, kind):
 def test_logprobs_of_short_and_of_bad_input(folder):
     llm = load(folder)
     assert llm.logprobs([5]) == []
-    for ids, complaint in (([], "empty"), ([5, VOCAB], f"token {VOCAB}"), ([5, -1], "token -1"), ([5] * LENGTH, "128")):
+    for ids, complaint in (
+        ([], "empty"),
+        ([5, VOCAB], f"token {VOCAB}"),
+        ([5, -1], "token -1"),
+        ([5] * (LENGTH + 1), "128"),
+    ):
         with pytest.raises(InputError, match=complaint):
             llm.logprobs(ids)
 
