@@ -193,6 +193,15 @@ def test_output_that_would_destroy_something_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=why):
             Results(str(tmp_path / output), tmp_path / source, prompts, resume=False)
+    (tmp_path / "used.incomplete").mkdir()
+    for output, why in (("used", "not a file that can be written"), ("x" * 250, "name too long"), ("x" * 300, "name")):
+        with pytest.raises(InputError, match=f"(?i){why}"):
+            Results(str(tmp_path / output), tmp_path / "in", prompts, resume=False)
+    (tmp_path / "out.incomplete").write_text("of a killed job\n")
+    results = Results(str(tmp_path / "out"), tmp_path / "other", prompts, resume=False)
+    assert (tmp_path / "out.incomplete").read_text(), "lost only once this job decodes"
+    results.begin()
+    assert (tmp_path / "out.incomplete").read_text() == ""
     results = Results(str(tmp_path / "link"), tmp_path / "other", prompts, resume=False)
     results.add(0, {"index": 0})
     results.finish()

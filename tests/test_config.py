@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, FineGrainedFP8Config
 
 from checkpoints import COMMON, KINDS, hf_config
 from config import ModelArgs, read_json
@@ -205,6 +205,15 @@ def test_own_json_round_trip(tmp_path):
     assert ModelArgs.load(path) == args
 
 
+def test_the_fp8_config_that_transformers_writes(tmp_path):
+    config = DeepseekV3Config(**without(V3_1, "quantization_config", "auto_map", "architectures", "model_type"))
+    config.architectures = V3_1["architectures"]
+    config.quantization_config = FineGrainedFP8Config(weight_block_size=(128, 128)).to_dict()
+    config.save_pretrained(tmp_path)
+    args = ModelArgs.from_hf(tmp_path / "config.json")
+    assert (args.dtype, args.scale_fmt) == ("fp8", None)
+
+
 def without(config: dict, *names: str) -> dict:
     return {name: value for name, value in config.items() if name not in names}
 
@@ -240,6 +249,9 @@ def without(config: dict, *names: str) -> dict:
         ({"dtype": "float32"}, "dtype"),
         ({"num_mtp_layers": 3}, "num_mtp_layers"),
         ({"rope_parameters": YARN | {"rope_theta": 5e5}}, "rope_theta"),
+        ({"rope_parameters": YARN | {"factor": 99}}, "rope_parameters = .*99.* contradict"),
+        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_fast"),
+        ({"quantization_config": FP8 | {"dequantize": True}}, "dequantize"),
         ({"num_experts_per_tok": 129}, "num_experts_per_tok"),  # 4 of 8 groups of 32 hold 128
         ({"n_routed_experts": 252}, "n_group"),
         ({"topk_group": 9}, "topk_group"),

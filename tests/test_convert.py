@@ -234,8 +234,9 @@ def test_the_way_back_of_v2_lite_in_fp32_leaves_out_what_is_computed(tmp_path, r
 
 
 def test_the_way_back_refuses_bad_shards_and_leaves_nothing(small, tmp_path, run):
-    one, shards = tmp_path / "one", tmp_path / "shards"
+    one, shards, quantised = tmp_path / "one", tmp_path / "shards", tmp_path / "quantised"
     run(convert, *convert_argv(small, one, 1))
+    run(convert, *convert_argv(small, quantised))
     run(convert, *convert_argv(make_hf(tmp_path / "fp32", "v3", "fp32", **SMALL), shards))
 
     def narrow(folder: Path) -> None:
@@ -244,6 +245,15 @@ def test_the_way_back_refuses_bad_shards_and_leaves_nothing(small, tmp_path, run
             metadata = file.metadata()
         tensors = load_file(path)
         save_file(tensors | {"embed.weight": tensors["embed.weight"].bfloat16()}, path, metadata)
+
+    def no_number(folder: Path) -> None:
+        path = folder / "model1-mp2.safetensors"
+        shutil.copytree(quantised, folder, dirs_exist_ok=True)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        tensors["layers.1.attn.wo.scale"][0, 0] = torch.nan
+        save_file(tensors, path, metadata)
 
     def three(folder: Path) -> None:
         for rank in range(2):
@@ -257,6 +267,7 @@ def test_the_way_back_refuses_bad_shards_and_leaves_nothing(small, tmp_path, run
         (lambda f: (f / "model1-mp2.safetensors").unlink(), "not one complete set of shards: model1-mp2"),
         (lambda f: shutil.copy(f / "model0-mp2.safetensors", f / "model1-mp2.safetensors"), "or was renamed"),
         (lambda f: os.truncate(f / "model1-mp2.safetensors", 99_999), "is it cut short"),
+        (no_number, "has a scale that is negative, NaN or infinite"),
         (narrow, "embed.weight has different types in different ranks' files"),
         (three, "cannot be split over 3 ranks"),
     ):

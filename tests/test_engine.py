@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def test_greedy_is_the_same_with_drafts(folder, mtp, rows):
     llm = load(folder, mtp=mtp, max_batch_size=rows)
     assert tokens(llm, prompts, greedy(14)) == expected
     stats = llm.stats
+    assert stats.row_tokens == stats.new_tokens - len(prompts), "what is drafted past the end is not gained"
     assert llm.engine.n_drafts == mtp == len(stats.accepted)
     assert 0.1 < stats.accepted[0] / stats.drafted[0] < 0.95, "the checkpoint should draft well, and not too well"
 
@@ -552,6 +554,45 @@ def turn(llm: LLM, prompt: list[int], n: int = 9, **options) -> tuple[list[int],
     """The answer and how many tokens were prefilled for it."""
     before = llm.stats.prefill_tokens
     return finish(llm, [Request(prompt, greedy(n))], **options)[0], llm.stats.prefill_tokens - before
+
+
+def test_a_forgotten_conversation_is_prefilled_whole(folder):
+    llm = load(folder, keep_prefix=True)
+    assert [turn(llm, [5] * 30)[1], turn(llm, [5] * 40)[1]] == [30, 10]
+    llm.engine.forget()
+    assert turn(llm, [5] * 40)[1] == 40
+
+
+def test_one_stream_at_a_time(folder):
+    llm = load(folder)
+    first = llm.stream([5, 6], greedy(20))
+    next(first)
+    for again in (lambda: next(llm.stream([5], greedy(3))), lambda: llm.generate([[5]], greedy(3))):
+        with pytest.raises(InputError, match="another stream"):
+            again()
+    first.close()
+    assert tokens(llm, [[5, 6]], greedy(9)) == tokens(load(folder), [[5, 6]], greedy(9))
+
+
+@pytest.mark.parametrize("at", ["admit", "prefill", "step"])
+def test_rows_are_free_again_after_an_interrupt_at_any_time(folder, monkeypatch, at):
+    llm = load(folder, mtp=1, max_batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.decoder, at, lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[5], [6], [7]], greedy(9))
+    assert sorted(llm.engine.free) == [0, 1]
+    assert tokens(llm, [[5], [6], [7]], greedy(9)) == tokens(load(folder), [[5], [6], [7]], greedy(9))
+
+
+def test_ways_to_give_prompts_and_settings(folder):
+    llm = load(folder)
+    expected = tokens(llm, [[5, 6], [7]], greedy(4))
+    assert tokens(llm, [5, 6], greedy(4)) == expected[:1]
+    assert tokens(llm, [torch.tensor([5, 6]), (7,)], greedy(4)) == expected
+    assert tokens(llm, [[5, 6], [7]], [greedy(4), greedy(2)]) == [expected[0], expected[1][:2]]
+    with pytest.raises(InputError, match="2 prompts and 1 SamplingParams"):
+        llm.generate([[5], [6]], [greedy(4)])
 
 
 class After:

@@ -351,6 +351,12 @@ def test_lines_typed_during_an_answer_are_the_next_ones(terminal, monkeypatch, t
             while not chat.interrupted():
                 assert time.monotonic() < deadline
             assert chat.typed == b"", "Ctrl-C drops what was typed"
+            chat.signalled = False
+            os.write(master, b"\x1b[Ax\x7f\r\x04")
+            while chat.typed[-1:] != b"\x04":
+                assert not chat.interrupted() and time.monotonic() < deadline
+            assert chat.read_line() == "x", "keys that edit are no text"
+            assert chat.read_line() is None, "Ctrl-D ends when its turn comes"
 
 
 def test_a_signal_at_the_prompt_stops_no_answer(monkeypatch):

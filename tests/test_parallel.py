@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn
 
 from checkpoint import Checkpoint, load_model
+from errors import InputError, is_first
 from model import Transformer
 from parallel import Parallel, join_ranks
 
@@ -208,3 +209,15 @@ def test_the_gpu_of_a_process(monkeypatch, local_rank):
     parallel, device = join_ranks("cuda")
     assert parallel == Parallel() and device == torch.device("cuda", int(local_rank or 3))
     assert current == [device.index]
+
+
+def test_an_environment_that_no_launcher_leaves(monkeypatch):
+    """A stray RANK makes no second rank of the only process; half of torchrun's variables are named, not waited for."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert is_first() and join_ranks("cpu")[0] == Parallel()
+    monkeypatch.delenv("RANK")
+    for size, named in (("2", "RANK is None"), ("x", "WORLD_SIZE is 'x'")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(InputError, match=named):
+            join_ranks("cpu")
