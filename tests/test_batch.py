@@ -164,7 +164,8 @@ def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
     # What is there is kept, not done again: a mark put into a result survives.
     first[0]["completion"] = "kept"
     kept, killed = first[:-3], first[-3:]
-    others = [item | {"completion": "of a job before this one"} for item in first]
+    last = {"index": 159, "prompt": questions.read_text().splitlines()[159]}
+    others = [item | last | {"completion": "of a job before this one"} for item in first[:1]]
     output.write_text("".join(json.dumps(item) + "\n" for item in others))
     torn = '{"index": 3, "prompt": "ä'.encode()[:-1]  # as kill -9 may leave it
     partial.write_bytes("".join(json.dumps(item) + "\n" for item in [*kept, *killed]).encode() + torn)
@@ -173,6 +174,7 @@ def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert [item["index"] for item in results] == list(range(160))
     assert results[first[0]["index"]]["completion"] == "kept"
+    assert results[159]["completion"] != "of a job before this one"
     assert all(results[item["index"]] == item for item in first)
     assert f"Prompt: {first[1]['prompt']}\n" not in done.stdout
     assert all(len(item["logprobs"]) == item["completion_tokens"] for item in results)
