@@ -92,15 +92,12 @@ class Results:
             raise InputError(f"--output-file {path}: no folder {folder}")
         self.partial, self.ordered = (Path(f"{self.path}.incomplete{end}") for end in ("", ".sorted"))
         files = self.path, self.partial, self.ordered
+        if not os.access(folder, os.W_OK | os.X_OK) or any(os.path.lexists(f) and not f.is_file() for f in files):
+            raise InputError(f"--output-file {path}: not a file that can be written")
         try:
-            usable = os.access(folder, os.W_OK | os.X_OK) and all(f.is_file() for f in files if os.path.lexists(f))
-            os.lstat(self.ordered)  # the longest name
-        except FileNotFoundError:
-            pass
+            self.ordered.exists()  # the longest of the names
         except OSError as error:
             raise InputError(f"--output-file {path}: {error.strerror}") from None
-        if not usable:
-            raise InputError(f"--output-file {path}: not a file that can be written")
         if Path(os.path.realpath(input_file)) in files:
             raise InputError(f"--output-file {path}: it would overwrite --input-file {input_file}")
         self.resumed = resume

@@ -76,10 +76,7 @@ class Reader(threading.local):
         stored = self.checkpoint.tensors[name]
         if (nbytes := stored.rows(rows)[2]) > len(self.buffer):
             self.buffer = torch.empty(nbytes, dtype=torch.uint8)
-        values = stored.file.read_into(name, rows, self.buffer)
-        if name.endswith("_scale_inv"):
-            check_scale(stored.file.path, name, values)
-        return values
+        return stored.file.read_into(name, rows, self.buffer)
 
 
 def open_hf(source: Path, verb: str) -> Checkpoint:
@@ -154,6 +151,7 @@ class Conversion:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for each worker
         try:
+            self._check_scales()
             finished = os.path.exists(self.target / CONFIG_FILE) and not os.path.lexists(self.target / JOURNAL)
             if not (verify and finished):
                 self._write()
@@ -165,7 +163,6 @@ class Conversion:
 
     def _write(self) -> None:
         began = time.perf_counter()
-        self._check_scales()
         self._check_folder()
         with Journal(self.target, self._identity()) as self.journal, contextlib.ExitStack() as stack:
             for file in self.outputs.values():

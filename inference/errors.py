@@ -68,7 +68,7 @@ def run_command(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except KeyboardInterrupt as stop:

@@ -241,8 +241,8 @@ class LLM:
             part = tokens[:-1][start : start + chunk]
             hidden = model.hidden(part[None], model.step((1, len(part)), start), cache)[0]
             following = tokens[start + 1 : start + 1 + len(part)]
-            for h, ids in zip(hidden.split(256), following.split(256), strict=True):  # few logits at a time
-                found += model.logits(h).log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+            for h, given in zip(hidden.split(256), following.split(256), strict=True):  # few logits at a time
+                found += model.logits(h).log_softmax(-1).gather(-1, given[:, None])[:, 0].tolist()
         return found
 
 

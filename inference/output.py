@@ -32,7 +32,7 @@ ANEW = (CONFIG_FILE, INDEX_FILE, SUMS_FILE)
 WEIGHTS = tuple(
     f".{end}" for end in "safetensors bin pt pth ckpt pkl pickle h5 msgpack onnx gguf npz index.json".split()
 )
-MAX_COPIED_BYTES = 256 << 20
+MAX_COPIED_BYTES = 256 << 20  # of a file, which is in memory meanwhile; the largest tokenizers take a tenth of it
 
 
 class Target(NamedTuple):

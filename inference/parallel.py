@@ -174,8 +174,9 @@ def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, to
     """
     torch_device = torch.device(device)
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    for name in () if alone else ("WORLD_SIZE", "RANK", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdecimal():
+    for name in () if alone else ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
             raise InputError(f"WORLD_SIZE is set, but {name} is {os.environ.get(name)!r}: torchrun sets them all")
     if device == "cuda":
         if "LOCAL_RANK" in os.environ:

@@ -81,9 +81,9 @@ class Terminal:
                 print(f"> {line}")
             else:
                 if self.is_tty:
-                    ended = self.typed.endswith(CTRL_D)
-                    text, self.typed = NOT_TEXT.sub(b"", self.typed).decode(errors="replace"), b""
-                    if ended:
+                    typed, self.typed = self.typed, b""
+                    text = NOT_TEXT.sub(b"", typed).decode(errors="replace")
+                    if CTRL_D in typed and not text:  # after text it does nothing, as at the prompt
                         raise EOFError
                     readline.set_startup_hook(lambda: readline.insert_text(text))
                 line = input("> " if self.is_tty else "")

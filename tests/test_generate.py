@@ -357,6 +357,9 @@ def test_lines_typed_during_an_answer_are_the_next_ones(terminal, monkeypatch, t
                 assert not chat.interrupted() and time.monotonic() < deadline
             assert chat.read_line() == "x", "keys that edit are no text"
             assert chat.read_line() is None, "Ctrl-D ends when its turn comes"
+            chat.typed = b"y\x04"
+            monkeypatch.setattr("builtins.input", lambda prompt: "y, at the prompt")
+            assert chat.read_line() == "y, at the prompt", "after text it ends nothing, and loses nothing"
 
 
 def test_a_signal_at_the_prompt_stops_no_answer(monkeypatch):
@@ -794,3 +797,12 @@ def test_a_refusal_as_a_process(tmp_path):
     argv = [sys.executable, SCRIPT, "--ckpt-path", tmp_path / "none", "--interactive"]
     process = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=100)
     check_refusal((process.returncode, process.stdout, process.stderr), "none: no such folder")
+
+
+def test_a_full_disk_under_stdout_is_one_line():
+    program = f"import sys; sys.path[:0] = [{str(INFERENCE)!r}]; import errors; errors.run_command(lambda: print('x'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")

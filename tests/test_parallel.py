@@ -217,7 +217,14 @@ def test_an_environment_that_no_launcher_leaves(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert is_first() and join_ranks("cpu")[0] == Parallel()
     monkeypatch.delenv("RANK")
-    for size, named in (("2", "RANK is None"), ("x", "WORLD_SIZE is 'x'")):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for size, rank, named in (
+        ("2", "", "RANK is ''"),
+        ("x", "0", "WORLD_SIZE is 'x'"),
+        ("2", "0", "MASTER_ADDR is None"),
+    ):
         monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", rank)
         with pytest.raises(InputError, match=named):
             join_ranks("cpu")
