@@ -10,6 +10,8 @@ Those of attention are in latent.py. Dimension letters: M tokens, D dim, P terms
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -95,13 +97,55 @@ def add_rms_norm_ref(
     return x, quantised_ref(h, scale_fmt, keep) if quantise else h
 
 
+class Ranks(NamedTuple):
+    """
+    The ranks that a norm sums its terms over, and what they share: device addresses of each rank's memory, at `offset`
+    of which the rows lie, and of its signals, a word for each token and rank. epochs: sums so far, for each token.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    buffers: int = 0
+    signals: int = 0
+    offset: int = 0
+    epochs: torch.Tensor | None = None
+
+
+@triton.jit
+def meet(signals_ptr, epoch_ptr, RANK: tl.constexpr, WORLD: tl.constexpr):
+    """
+    What each rank's program stored before is there for all of them after it. A rank writes the number of the meeting
+    into its word at every other, and waits for that number, or one later, in theirs.
+    """
+    ranks = tl.arange(0, WORLD)
+    epoch = tl.load(epoch_ptr) + 1
+    theirs = tl.load(signals_ptr + ranks).to(tl.pointer_type(tl.int32)) + tl.program_id(0) * WORLD + RANK
+    own = tl.load(signals_ptr + RANK).to(tl.pointer_type(tl.int32)) + tl.program_id(0) * WORLD + ranks
+    tl.debug_barrier()
+    tl.atomic_xchg(theirs, epoch + tl.zeros_like(ranks), sem="release", scope="sys")
+    while tl.min(tl.atomic_add(own, tl.zeros_like(ranks), sem="acquire", scope="sys") - epoch, 0) < 0:
+        pass
+    tl.store(epoch_ptr, epoch)
+    tl.debug_barrier()
+
+
+@triton.jit
+def shared_row(buffers_ptr, rank, offset, like_ptr):
+    """Where a rank's rows lie."""
+    return tl.multiple_of((tl.load(buffers_ptr + rank) + offset).to(like_ptr.dtype), 16)
+
+
 @triton.jit
 def add_rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, sum_ptr, h_ptr, values_ptr, scale_ptr, M, eps,
+    x_ptr, delta_ptr, weight_ptr, sum_ptr, h_ptr, values_ptr, scale_ptr, buffers, signals, offset, epochs_ptr, M, eps,
     D: tl.constexpr, TERMS: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr,
-    GROUPS: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one token, as [GROUPS, 128]. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written."""
+    """
+    One program: one token, as [GROUPS, 128]. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written.
+
+    With WORLD ranks each stores the sum of its own terms, and adds those of all in the ranks' order.
+    """
     m = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
@@ -112,8 +156,20 @@ def add_rms_norm_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + m * D + cols, mask=inside, other=0.0).to(tl.float32)
     if TERMS > 0:
+        total = tl.zeros_like(x) if WORLD > 1 else x
         for term in tl.static_range(TERMS):
-            x += tl.load(delta_ptr + (m * TERMS + term) * D + cols, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(delta_ptr + (m * TERMS + term) * D + cols, mask=inside, other=0.0).to(tl.float32)
+        if WORLD > 1:
+            buffers_ptr = buffers.to(tl.pointer_type(tl.uint64))
+            own_ptr = shared_row(buffers_ptr, RANK, offset, x_ptr)
+            tl.store(own_ptr + m * D + cols, total.to(x_ptr.dtype.element_ty), mask=inside)
+            meet(signals.to(tl.pointer_type(tl.uint64)), epochs_ptr + m, RANK, WORLD)
+            total = x
+            for rank in tl.static_range(WORLD):
+                peer_ptr = shared_row(buffers_ptr, rank, offset, x_ptr)
+                peer = tl.load(peer_ptr + m * D + cols, mask=inside, other=0.0, cache_modifier=".cg")
+                total += peer.to(tl.float32)
+        x = total
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + m * D + cols, rounded, mask=inside)
         x = rounded.to(tl.float32)
@@ -125,9 +181,13 @@ def add_rms_norm_kernel(
 
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float,
-    quantise: bool = False, scale_fmt: str | None = None, keep: bool = True,
+    quantise: bool = False, scale_fmt: str | None = None, keep: bool = True, ranks: Ranks | None = None,
 ):  # fmt: skip
-    """See add_rms_norm_ref. Without a delta x' is x itself, not a copy."""
+    """
+    See add_rms_norm_ref. Without a delta x' is x itself, not a copy. With `ranks` the sum is over all ranks' terms.
+
+    Two sums in a row take different memory: a rank that comes to the second knows that all have read the first.
+    """
     if not on_gpu(x):
         return add_rms_norm_ref(x, delta, weight, eps, quantise, scale_fmt, keep)
     M, D = x.shape
@@ -140,9 +200,11 @@ def add_rms_norm(
     groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
     # 8 elements a thread for few tokens, 32 for many: then more programs share a multiprocessor.
     num_warps = min(max(groups // (2 if M <= 16 else 4 if M <= 256 else 8), 1), 32)
+    ranks = ranks or Ranks()
     add_rms_norm_kernel[(M,)](
-        x, delta, weight, total, h, values, scale, M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0,
-        groups, num_warps=num_warps, **pdl_options(x.device),
+        x, delta, weight, total, h, values, scale, ranks.buffers, ranks.signals, ranks.offset, ranks.epochs,
+        M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0, ranks.rank, ranks.world_size, groups,
+        num_warps=num_warps, **pdl_options(x.device),
     )  # fmt: skip
     return total, result(h, values, scale)
 

@@ -25,7 +25,6 @@ from torch import nn
 from attention import latent_attention, prefill_attention
 from config import BLOCK_SIZE, ModelArgs
 from experts import experts, gated_linear, pair_block
-from fused import add_rms_norm
 from gpu import cdiv
 from kernel import E4M3, W8A16, Quantised, linear, linear_fp32
 from latent import absorb_query, expand_value, join_keys, latents, rotate_query
@@ -124,10 +123,22 @@ class RowParallelLinear(Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
+    """
+    y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32. `half`: 0 and 1 in turn for those that sum terms over
+    ranks one after the other (Parallel.add_rms_norm).
+    """
 
-    def __init__(self, dim: int, args: ModelArgs, eps: float | None = None, before_fp8: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        args: ModelArgs,
+        eps: float | None = None,
+        before_fp8: bool = False,
+        half: int = 1,
+        parallel: Parallel | None = None,
+    ):
         super().__init__()
+        self.half, self.parallel = half, parallel or Parallel()
         self.eps = args.norm_eps if eps is None else eps
         self.weight = parameter(dim, dtype=compute_dtype(args))
         self.quantise = before_fp8 and args.dtype == "fp8" and args.activation_scheme == "dynamic"
@@ -141,7 +152,8 @@ class RMSNorm(nn.Module):
         x [M, D] and what is to be added to it, [M, D] or [M, P, D] -> the sum, and its norm: where an FP8 product
         follows, as that takes it and unless `keep` only so.
         """
-        return add_rms_norm(x, terms, self.weight, self.eps, self.quantise, self.scale_fmt, keep)
+        options = {"quantise": self.quantise, "scale_fmt": self.scale_fmt, "keep": keep}
+        return self.parallel.add_rms_norm(x, terms, self.weight, self.eps, self.half, **options)
 
 
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
@@ -413,23 +425,19 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, parallel: Parallel, dense: bool):
         super().__init__()
         self.parallel = parallel
-        self.attn_norm = RMSNorm(args.dim, args, before_fp8=True)
+        self.attn_norm = RMSNorm(args.dim, args, before_fp8=True, parallel=parallel)
         self.attn = MLA(args, parallel)
-        self.ffn_norm = RMSNorm(args.dim, args, before_fp8=True)
+        self.ffn_norm = RMSNorm(args.dim, args, before_fp8=True, half=0, parallel=parallel)
         self.ffn = MLP(args.dim, args.inter_dim, args, parallel) if dense else MoE(args, parallel)
         self.dense = dense
-
-    def sum_over_ranks(self, terms: torch.Tensor) -> torch.Tensor:
-        """[M, D] or [M, P, D], of which a single rank needs no sum yet."""
-        return self.parallel.sum_terms(terms) if self.parallel.world_size > 1 else terms
 
     def forward(
         self, x: torch.Tensor, terms: torch.Tensor | None, step: Step, cache: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [M, D] and what is to be added to it -> the same, after this block."""
         x, h = self.attn_norm.after(x, terms, keep=False)
-        x, h = self.ffn_norm.after(x, self.sum_over_ranks(self.attn(h, step, cache)), keep=not self.dense)
-        return x, self.sum_over_ranks(self.ffn(h))
+        x, h = self.ffn_norm.after(x, self.attn(h, step, cache), keep=not self.dense)
+        return x, self.ffn(h)
 
 
 class MTP(Block):
@@ -444,7 +452,7 @@ class MTP(Block):
         self.enorm = RMSNorm(args.dim, args)
         self.hnorm = RMSNorm(args.dim, args)
         self.eh_proj = Linear(2 * args.dim, args.dim, args, quantized=False)
-        self.shared_head = nn.ModuleDict({"norm": RMSNorm(args.dim, args)})
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(args.dim, args, parallel=parallel)})
 
     def forward(self, h: torch.Tensor, embedded: torch.Tensor, step: Step, cache: torch.Tensor | None) -> torch.Tensor:
         """h [B, S, D] at positions i, embedded [B, S, D] the tokens at i + 1 -> h' [B, S, D]."""
@@ -461,7 +469,7 @@ class Transformer(nn.Module):
         self.parallel = parallel = parallel or Parallel()
         self.embed = ParallelEmbedding(args, parallel)
         self.layers = nn.ModuleList(Block(args, parallel, dense=i < args.n_dense_layers) for i in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args)
+        self.norm = RMSNorm(args.dim, args, parallel=parallel)
         self.head = ColumnParallelLinear(args.dim, args.vocab_size, args, parallel, quantized=False)
         self.mtp = nn.ModuleList(MTP(args, parallel) for _ in range(args.n_mtp_layers))
 

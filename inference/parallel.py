@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from errors import InputError
-from fused import sum_terms
+from fused import Ranks, add_rms_norm, sum_terms
+from kernel import Quantised
 
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.
 IDLE_TIMEOUT = timedelta(days=365)
@@ -41,12 +42,23 @@ class SymmetricMemory:
         self.group_name = group.group_name
         self.buffer = symm_mem.empty(TWO_SHOT_BYTES, dtype=torch.uint8, device=device)
         symm_mem.rendezvous(self.buffer, group)
+        self.rows = symm_mem.empty(2 * ONE_SHOT_BYTES, dtype=torch.uint8, device=device)  # two sums in turn
+        self.handle = symm_mem.rendezvous(self.rows, group)
+        self.epochs = torch.zeros(self.handle.signal_pad_size // 4, dtype=torch.int32, device=device)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether `x` is small enough and laid out for it: the same answer on every rank, as nothing else counts."""
         aligned = x.nbytes % 16 == 0 and x.storage_offset() * x.itemsize % 16 == 0
         summable = x.dtype in (torch.bfloat16, torch.float32) and x.is_contiguous()
         return aligned and summable and 0 < x.nbytes <= TWO_SHOT_BYTES
+
+    def ranks(self, x: torch.Tensor, half: int) -> Ranks | None:
+        """Where a norm can sum its terms, of the shape of x [M, D], over the ranks; None if they are too many."""
+        rank, world_size = self.handle.rank, self.handle.world_size
+        if x.nbytes > ONE_SHOT_BYTES or 4 * len(x) * world_size > self.handle.signal_pad_size:
+            return None
+        addresses = self.handle.buffer_ptrs_dev, self.handle.signal_pad_ptrs_dev
+        return Ranks(rank, world_size, *addresses, half * ONE_SHOT_BYTES, self.epochs)
 
     def all_reduce(self, x: torch.Tensor, terms: torch.Tensor | None = None) -> None:
         """Sum of `x` over the ranks, in place; or of the sums of `terms` [M, P, D], into x [M, D]."""
@@ -96,6 +108,19 @@ class Parallel:
             return self.all_reduce(sum_terms(terms))
         self.symmetric.all_reduce(x, terms)
         return x
+
+    def add_rms_norm(
+        self, x: torch.Tensor, terms: torch.Tensor | None, weight: torch.Tensor, eps: float, half: int, **options
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantised]:
+        """
+        fused.add_rms_norm of x, which all ranks have, and of terms [M, D] or [M, P, D], each rank's part of the sum.
+        `half`: 0 and 1 in turn.
+        """
+        ranks = None
+        if terms is not None and self.world_size > 1:
+            ranks = None if self.symmetric is None else self.symmetric.ranks(x, half)
+            terms = terms if ranks else self.sum_terms(terms)
+        return add_rms_norm(x, terms, weight, eps, **options, ranks=ranks)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] on each rank -> [..., world_size * n], in rank order."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import parallel
+from fused import add_rms_norm
 from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, leave_ranks, share_memory
 
 TOKENS = (1, 2, 3, 7, 8, 9, 64, 65, 511, 512, 1170, 1171, 4096)
@@ -67,6 +68,35 @@ def rank_main() -> None:
         wanted = ranks.all_reduce(terms.sum(1, dtype=torch.float32).bfloat16())
         off = (ranks.sum_terms(terms).double() - wanted.double()).abs()
         assert bool((off <= 2.0**-6 * wanted.abs().clamp(min=1)).all()), off.max()
+
+    # A norm that sums its terms over the ranks: both halves in turn, late ranks, and in a graph.
+    def terms_of(tokens: int, seed: int, rank: int) -> torch.Tensor:
+        return part((tokens, 3, DIM), torch.bfloat16, seed, rank, device)
+
+    def check_norm(found: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, seed: int) -> None:
+        parts = [sum(terms_of(len(x), seed, rank).float().unbind(1)) for rank in range(ranks.world_size)]
+        total, h = add_rms_norm(x, torch.stack([y.bfloat16() for y in parts], 1), weight, 1e-6)
+        assert torch.equal(found[0], total) and torch.equal(found[1], h), (len(x), seed)
+
+    weight, norms = part((DIM,), torch.bfloat16, 7, 0, device), []
+    for seed in range(200):
+        x = part((1 + seed % 9, DIM), torch.bfloat16, seed, 99, device)
+        if seed % 50 == ranks.rank:
+            torch.cuda._sleep(2_000_000)
+        assert ranks.symmetric.ranks(x, 0) is not None
+        norms.append((ranks.add_rms_norm(x, terms_of(len(x), seed, ranks.rank), weight, 1e-6, seed % 2), x, seed))
+    for found, x, seed in norms:
+        check_norm(found, x, seed)
+    x, terms = torch.zeros(4, DIM, dtype=torch.bfloat16, device=device), terms_of(4, 0, ranks.rank).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        graphed = [ranks.add_rms_norm(x, terms, weight, 1e-6, half) for half in (0, 1)]
+    for replay in range(50):
+        x.copy_(part(x.shape, x.dtype, replay, 99, device))
+        terms.copy_(terms_of(4, replay, ranks.rank))
+        graph.replay()
+        for found in graphed:
+            check_norm(found, x, replay)
 
     # Many in a row, no rank waiting for another in between: a rank that is late reads what it should.
     results = []
