@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu import capability, cdiv, on_hopper, pdl_options
+from gpu import capability, cdiv, multiprocessors, on_hopper, pdl_options
 from kernel import on_gpu
 
 LOG2_E = math.log2(math.e)
@@ -338,11 +338,6 @@ def latent_splits(blocks: int, tiles: int, slots: int) -> int:
     bounds n; how long the rows really are is known on the device only.
     """
     return min(range(1, min(tiles, 128) + 1), key=lambda n: cdiv(blocks * n, slots) / n * (1 + n / 64))
-
-
-@functools.lru_cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch_latent(

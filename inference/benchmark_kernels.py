@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from attention import latent_attention
 from errors import InputError, is_first
-from experts import experts, pair_block
+from experts import expert_gemm, experts, pair_block
 from gpu import cdiv, has_e4m3
-from kernel import E4M3, act_quant, fp8_gemm, has_block_scaled_library, launch_gemm, library_gemm
+from kernel import E4M3, act_quant, fp8_gemm, has_block_scaled_library, library_gemm
 from parallel import Parallel, choose_device, join_ranks
 from plan import table
 from routing import sort_pairs
@@ -152,11 +152,10 @@ def grouped_gemm(E: int, rows: int, N: int, K: int, device: torch.device) -> Tim
     """E products at once, each of `rows` tokens, which lie side by side."""
     x, x_scale = act_quant(torch.randn(E * rows, K, dtype=torch.bfloat16, device=device))
     weights = [random_fp8(E, N, K, device=device) for _ in range(copies(E * N * K, COLD_BYTES))]
-    block = pair_block(x, E * rows, E, True)
+    block = pair_block(x, E * rows, E, weights[0][0], None)
     routing = sort_pairs(torch.arange(E, device=device).repeat_interleave(rows)[:, None], 0, E, block)
     y = torch.empty(E * rows, N, dtype=torch.bfloat16, device=device)
-    grouped = {"routing": routing, "top_k": 1, "block": block, "gathered": True}
-    calls = [lambda w=w, s=s: launch_gemm(x, x_scale, w, s, y, **grouped) for w, s in weights]
+    calls = [lambda w=w, s=s: expert_gemm(x, x_scale, w, s, y, routing, block) for w, s in weights]
     shape = f"{E} x {N} x {K}, {rows} rows each"
     return timed("grouped_gemm", shape, calls, E * N * K + x.nbytes + y.nbytes, 2 * E * rows * N * K, device)
 
@@ -169,12 +168,12 @@ def moe(tokens: int, E: int, top_k: int, inter: int, D: int, device: torch.devic
     chosen = torch.rand(tokens, E, device=device).topk(top_k).indices
     chosen = torch.cat([chosen, torch.full((tokens, 1), E, device=device)], dim=1)
     pairs, hit = chosen.numel(), chosen.unique().numel()
-    block = pair_block(x, pairs, E + 1, True)
-    routing = sort_pairs(chosen, 0, E + 1, block)
     share = torch.rand(tokens, top_k + 1, device=device)
     n = copies(hit * 3 * inter * D, COLD_BYTES)
     weights = [(random_fp8(E + 1, 2, inter, D, device=device), random_fp8(E + 1, D, inter, device=device))]
     weights += [tuple((w.clone(), s.clone()) for w, s in weights[0]) for _ in range(n - 1)]
+    block = pair_block(x, pairs, E + 1, weights[0][0][0], None)
+    routing = sort_pairs(chosen, 0, E + 1, block)
     calls = [lambda w13=w13, w2=w2: experts(x, w13, w2, None, share, routing, block) for w13, w2 in weights]
     shape = f"{tokens} tokens, {top_k} + 1 of {E} + 1 experts, {inter} x {D}"
     return timed("experts", shape, calls, hit * 3 * inter * D, 6 * pairs * inter * D, device)

@@ -17,6 +17,7 @@ from torch.backends.mkldnn import flags
 from config import BLOCK_SIZE
 from fused import silu_mul, silu_mul_ref
 from gpu import cdiv
+from grouped import PAIRS, launch_grouped, takes
 from kernel import E4M3, W8A16, Quantised, fp8_gemm, launch_gemm, linear, on_gpu, quantised
 from routing import Routing
 
@@ -65,12 +66,29 @@ def gated_linear(
     return Quantised(None, h, h_scale)
 
 
-def pair_block(x: torch.Tensor, pairs: int, n_local: int, fp8: bool) -> int:
-    """How many pairs a tile takes: about what an expert has on average. The reference takes all of an expert's."""
+def pair_block(x: torch.Tensor, pairs: int, n_local: int, w13: torch.Tensor, scale_fmt: str | None) -> int:
+    """
+    How many pairs a tile takes: about what each of n_local experts has on average, and PAIRS where grouped.py takes
+    their weights. The reference takes all of an expert's.
+    """
     if not on_gpu(x):
         return pairs
-    mean = pairs // n_local
+    mean, fp8 = pairs // n_local, w13.dtype == E4M3
+    if mean > FEW and scale_fmt != W8A16 and takes(w13):
+        return PAIRS
     return 16 if mean <= 16 else 32 if mean <= 32 or x.dtype == torch.float32 else FEW if fp8 or mean <= 128 else 128
+
+
+def expert_gemm(
+    x: torch.Tensor, x_scale: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor | None, y: torch.Tensor,
+    routing: Routing, block: int, pair_weights: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """x [P, K] in the routing's order, w [E, N, K] -> y [P, N]: x w^T in that order; with weights, the pairs' own."""
+    if block == PAIRS:
+        launch_grouped(x, x_scale, w, w_scale, y, routing, pair_weights)
+        return
+    options = {"routing": routing, "top_k": 1, "block": block, "gathered": True, "pair_weights": pair_weights}
+    launch_gemm(x, x_scale, w, w_scale, y, **options)
 
 
 Scaled = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and its scales if it is in e4m3
@@ -130,7 +148,6 @@ def experts(
     x, x_scale = given[1:] if fp8 else (x, None)
     dtype = torch.bfloat16 if fp8 else x.dtype
     terms = (torch.empty if everywhere else torch.zeros)(M, K, D, dtype=dtype, device=x.device)
-    grouped = {"routing": routing, "top_k": K, "block": block}
     if block >= FEW and inter % BLOCK_SIZE == 0:
         # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product. For
         # the shared experts' products the library is faster, and nothing is gathered; their pairs come last.
@@ -142,18 +159,19 @@ def experts(
                 terms[:, i] = linear(h, w2[i], w2_scale[i], scale_fmt)
         P -= M * n_shared
         routed = torch.where(routing.tile_expert < E - n_shared, routing.tile_expert, -1)
-        grouped["routing"] = routing._replace(tile_expert=routed)
+        routing = routing._replace(tile_expert=routed)
         tokens = routing.order[:P] // K
         x = x.view(torch.uint8)[tokens].view(E4M3) if fp8 else x[tokens]
         x_scale = x_scale.t()[:, tokens].t() if fp8 else None
         y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
         both = w13.flatten(1, 2), None if w13_scale is None else w13_scale.flatten(1, 2)
-        launch_gemm(x, x_scale, *both, y, gathered=True, **grouped)
+        expert_gemm(x, x_scale, *both, y, routing, block)
         h = silu_mul(y.unflatten(1, (2, inter)), fp8, scale_fmt, keep=False)
         h, h_scale = h[1:] if fp8 else (h, None)
     else:
         h = x.new_empty(P, inter)
         h_scale = torch.empty(cdiv(inter, BLOCK_SIZE), P, device=x.device).t() if fp8 else None
-        launch_gemm(x, x_scale, w13, w13_scale, h, h_scale, scale_fmt, gated=True, **grouped)
-    launch_gemm(h, h_scale, w2, w2_scale, terms.flatten(0, 1), pair_weights=weights, **grouped)
+        pairs = {"routing": routing, "top_k": K, "block": block}
+        launch_gemm(x, x_scale, w13, w13_scale, h, h_scale, scale_fmt, gated=True, **pairs)
+    expert_gemm(h, h_scale, w2, w2_scale, terms.flatten(0, 1), routing, block, weights)
     return terms

@@ -27,6 +27,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def has_e4m3(device: torch.device) -> bool:
     """Whether Triton can read and write e4m3 here: GPUs from 8.9 on. PyTorch itself can anywhere."""
     return device.type != "cuda" or capability(device) >= (8, 9)

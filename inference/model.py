@@ -395,7 +395,8 @@ class MoE(nn.Module):
         """x [M, D] -> [M, P, D], terms of this rank's part of the sum."""
         h = x.x if isinstance(x, Quantised) else x
         experts = self.experts
-        block = pair_block(h, h.shape[0] * self.gate.n_choices, experts.n_local + experts.n_others, experts.w13.fp8)
+        n_pairs, n_experts, w13 = h.shape[0] * self.gate.n_choices, experts.n_local + experts.n_others, experts.w13
+        block = pair_block(h, n_pairs, n_experts, w13.weight, w13.scale_fmt)
         weights, _, routing = self.gate(h, experts.first, experts.n_local, block)
         terms = experts(x, weights, routing, block)
         if self.shared_experts is not None:

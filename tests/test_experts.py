@@ -15,8 +15,9 @@ import triton
 
 from experts import experts, gated_linear, gated_linear_ref, pair_block
 from gpu import cdiv, counters
+from grouped import PAIRS, launch_grouped, takes
 from interpreter import interpret, needs_interpreter
-from kernel import E4M3, Quantised, Tiles, act_quant, act_quant_ref, launch_gemm, weight_quant
+from kernel import E4M3, W8A16, Quantised, Tiles, act_quant, act_quant_ref, launch_gemm, weight_quant
 from routing import Routing, sort_pairs_ref, tile_count
 from test_fused import interpret_bf16_dots, poisoned
 from test_kernel import SCALE_FMTS, before_nans, relative, strided_before_nans
@@ -187,7 +188,7 @@ def check_experts(
             experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype, inner_fp8)
             for inner_fp8 in (True, False)
         )
-        for block in blocks or (pair_block(x, indices.numel(), E + n_shared, fp8),):
+        for block in blocks or (pair_block(x, indices.numel(), E + n_shared, both[0], scale_fmt),):
             parts = [(0, E + n_shared), (0, E // 2), (E // 2, E + n_shared - E // 2)]
             results = []
             for first, n_local in parts:
@@ -230,15 +231,25 @@ def test_experts(M):
 
 
 def test_pairs_of_a_tile(monkeypatch):
-    """On a GPU a power of two, near an expert's mean, that the tensor cores take; tiles are few."""
+    """On a GPU a power of two, near an expert's mean, that the tensor cores take; tiles are few. On Hopper also 192."""
     x = torch.empty(1, dtype=torch.bfloat16)
-    assert pair_block(x, 72, 9, True) == 72  # the reference takes an expert's pairs together
+    w13 = torch.empty(1, 2, 256, 384, dtype=E4M3)
+    assert pair_block(x, 72, 9, w13, None) == 72  # the reference takes an expert's pairs together
     monkeypatch.setattr("experts.on_gpu", lambda _: True)
-    blocks = [pair_block(x, 8 * M, 256, True) for M in range(1, 9000)]
+    blocks = [pair_block(x, 8 * M, 256, w13, None) for M in range(1, 9000)]
     assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64}
-    assert {pair_block(x, 6 * M, 64, False) for M in range(1, 9000)} == {16, 32, 64, 128}
-    assert {pair_block(x.float(), 6 * M, 64, False) for M in range(1, 9000)} == {16, 32}
+    assert {pair_block(x, 6 * M, 64, w13.bfloat16(), W8A16) for M in range(1, 9000)} == {16, 32, 64, 128}
+    assert {pair_block(x.float(), 6 * M, 64, w13.float(), W8A16) for M in range(1, 9000)} == {16, 32}
     assert all(tile_count(8 * M, 256, b) <= 256 + 8 * M / b for M, b in zip(range(1, 9000), blocks, strict=True))
+
+    monkeypatch.setattr("grouped.capability", lambda _: (9, 0))
+    blocks = [pair_block(x, 8 * M, 256, w13, "ue8m0") for M in range(1, 9000)]
+    assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64, PAIRS}
+    others = (w13, W8A16), (w13.bfloat16(), None), (w13[..., :129, :], None), (w13[..., :129], None)
+    for weight, scale_fmt in others:  # for which gemm_kernel alone is there
+        assert pair_block(x, 8 * 9000, 256, weight, scale_fmt) in (64, 128)
+    monkeypatch.setattr("grouped.capability", lambda _: (10, 0))
+    assert pair_block(x, 8 * 9000, 256, w13, None) == 64
 
 
 # --- the kernel through Triton's interpreter --------------------------------------------------------------------------
@@ -375,6 +386,32 @@ def test_gpu_experts_in_tiles_of_any_size(block):
         assert torch.equal(again.values.view(torch.uint8), first.values.view(torch.uint8))
         assert torch.equal(again.scale, first.scale)
     assert gated_linear_ref(x, weight, scale, None).shape == first.values.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(4096, 7168), (512, 7168), (7168, 256), (7168, 2048), (2816, 2048), (128, 128)])
+def test_gpu_grouped_is_gemm_kernel_to_the_bit(N, K):
+    """Experts with no pair, one, a group's, a tile's, one more or less; twenty times: warps hand over at will."""
+    sizes = [0, 1, 63, 64, 65, 0, 128, 129, 191, 192, 193, 1000, 3, 385]
+    expert = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    indices = expert[torch.randperm(len(expert), generator=torch.Generator().manual_seed(0))].int()[:, None]
+    P = len(indices)
+    w, w_scale = quantised_stack(random(len(sizes), N, K, seed=1, device="cuda") / K**0.5, None)
+    x, x_scale = act_quant(random(P, K, dtype=torch.bfloat16, device="cuda"))
+    if not takes(w):
+        pytest.skip("Hopper's alone")
+    x_scale = x_scale.t().contiguous().t()
+    pair_weights = torch.rand(P, 1, device="cuda") + 0.1
+    tiles, pairs = (Routing(*(t.cuda() for t in sort_pairs_ref(indices, 0, len(sizes), n))) for n in (64, PAIRS))
+    for weights in (None, pair_weights):
+        wanted, options = torch.empty(P, N, dtype=torch.bfloat16, device="cuda"), {"top_k": 1, "gathered": True}
+        launch_gemm(x, x_scale, w, w_scale, wanted, routing=tiles, block=64, pair_weights=weights, **options)
+        for _ in range(20):
+            found = torch.full_like(wanted, torch.nan)
+            launch_grouped(x, x_scale, w, w_scale, found, pairs, weights)
+            assert torch.equal(found, wanted), (found != wanted).sum()
+        launch_grouped(x, x_scale.contiguous(), w, w_scale, found.fill_(torch.nan), pairs, weights)
+        assert torch.equal(found, wanted)
 
 
 if __name__ == "__main__":
