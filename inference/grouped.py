@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -165,6 +166,7 @@ def grouped_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=33)  # the copy engine, and 32 threads that copy scales
         mbarrier.init(empty.index(i), count=GROUPS)
+    fence_async_shared()  # the copy engine is to find them so
     shared = (x_bufs, x_scale_bufs, w_bufs, full, empty)
     tiles = (n_all, n_tiles, N, slices, tile_expert_ptr, tile_start_ptr, tile_stop_ptr)
     out = (w_scale_ptr, y_ptr, order_ptr, pair_weight_ptr)
