@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import capability, cdiv, multiprocessors, on_hopper, pdl_options
 from kernel import on_gpu
+from many_queries import SIDE, many_queries_kernel, takes
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
@@ -307,23 +308,29 @@ def merge_kernel(
 
 
 class LatentConfig(NamedTuple):
-    """block_m queries a program, tiles of block_t keys, which `swap` makes the rows of both products."""
+    """
+    block_m queries a program, tiles of block_t keys, which `swap` makes the rows of both products. `many`: by
+    many_queries_kernel.
+    """
 
     block_m: int
     block_t: int
     swap: bool
     num_warps: int
     num_stages: int
+    many: bool = False
 
 
-def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool) -> LatentConfig:
-    """How to run latent_attention_kernel for B rows of `queries` = S * H."""
+def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool, many: bool = False) -> LatentConfig:
+    """How to run latent attention for B rows of `queries` = S * H. `many`: many_queries_kernel can."""
     if dtype == torch.float32:
         return LatentConfig(16, 16, swap=False, num_warps=8, num_stages=1)
     if not hopper:  # as little as 99 KiB of shared memory
         return LatentConfig(16, 32, swap=False, num_warps=4, num_stages=2)
     if queries <= 16:
         return LatentConfig(16, 64, swap=False, num_warps=8, num_stages=3)
+    if many and B * cdiv(queries, 32) > 16:
+        return LatentConfig(SIDE, SIDE, swap=False, num_warps=8, num_stages=2, many=True)
     if B * cdiv(queries, 32) <= 66:
         return LatentConfig(32, 64, swap=True, num_warps=4, num_stages=2)
     return LatentConfig(64, 64, swap=False, num_warps=8, num_stages=2)
@@ -346,15 +353,20 @@ def launch_latent(
 ) -> torch.Tensor:  # fmt: skip
     (B, S, H, _), R = q.shape, cache.shape[-1] - C
     pdl = pdl_options(q.device)
-    blocks = {"C_PAD": padded(C), "R_PAD": padded(R), "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
     out = q.new_empty(B, S, H, C)
     parts = out if splits == 1 else q.new_empty(B, splits, S * H, C, dtype=torch.float32)
     lse = None if splits == 1 else q.new_empty(B, splits, S * H, dtype=torch.float32)
-    latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
-        q, cache, rows, positions.contiguous(), parts, lse, S, H, cache.shape[1], scale * LOG2_E,
-        *q.stride()[:3], *cache.stride()[:2], C, R, **blocks, SWAP=config.swap, MERGE=splits > 1,
-        num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
-    )  # fmt: skip
+    grid = cdiv(S * H, config.block_m), splits, B
+    given = q, cache, rows, positions.contiguous(), parts, lse, S, H, cache.shape[1], scale * LOG2_E
+    given = *given, *q.stride()[:3], *cache.stride()[:2], C, R
+    if config.many:
+        many_queries_kernel[grid](*given, SIDE=SIDE, MERGE=splits > 1, num_warps=config.num_warps)
+    else:
+        blocks = {"C_PAD": padded(C), "R_PAD": padded(R), "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
+        latent_attention_kernel[grid](
+            *given, **blocks, SWAP=config.swap, MERGE=splits > 1,
+            num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
+        )  # fmt: skip
     if splits > 1:
         n = triton.next_power_of_2(splits)
         block_c = min(padded(C), max(32, 4096 // n))
@@ -372,7 +384,7 @@ def latent_attention(
     if not on_gpu(q):
         return latent_attention_ref(q, cache, rows, positions, kv_len, scale, C)
     B, S, H, _ = q.shape
-    config = latent_config(B, S * H, q.dtype, on_hopper(q.device))
+    config = latent_config(B, S * H, q.dtype, on_hopper(q.device), takes(q, cache, C))
     tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
     splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, multiprocessors(q.device))
     return launch_latent(q, cache, rows, positions, scale, C, config, splits)

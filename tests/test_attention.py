@@ -24,6 +24,7 @@ from attention import (
 )
 from gpu import cdiv
 from interpreter import interpret, needs_interpreter
+from many_queries import takes
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -226,7 +227,9 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
     for kv_len in (length, 10**6):
         check_latent(latent_attention(q, cache, rows, positions, kv_len, 0.7, C), exact)
     # One split and many, whatever B asks for; and the same answer each time.
-    config = latent_config(B, S * H, q.dtype, torch.cuda.get_device_capability() >= (9, 0))
+    many = takes(q, cache, C)
+    config = latent_config(B, S * H, q.dtype, torch.cuda.get_device_capability() >= (9, 0), many)
+    assert config.many == (many and S * H > 16 and B * S * H > 512)
     for splits in (1, 7, 128):
         found = launch_latent(q, cache, rows, positions, 0.7, C, config, splits)
         check_latent(found, exact)
@@ -245,6 +248,26 @@ def test_gpu_latent_attention_each_way(B, queries, hopper, monkeypatch):
     config = latent_config(B, queries, q.dtype, hopper)
     for splits in (1, 6):
         check_latent(launch_latent(q, cache, rows, positions, 0.7, 128, config, splits), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("S", "H"), [(1, 64), (3, 7), (2, 128), (4, 33)])
+def test_gpu_many_queries(S, H, monkeypatch):
+    """The kernel for many queries, also where they fill no tile; NaN past and before a row's keys; no race."""
+    poison_new_memory(monkeypatch.setattr)
+    starts = [0, 1, 62, 63, 64, 65, 127, 128, 1000, 2040]
+    case = latent_case(starts, S, H, 512, 64, torch.bfloat16, 2045)
+    q, cache, rows, positions = (x.cuda() for x in case)
+    if not takes(q, cache, 512):
+        pytest.skip("Hopper's alone")
+    exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, 2045, 0.7, 512)
+    config = latent_config(len(starts), 10**6, q.dtype, True, True)
+    assert config.many
+    for splits in (1, 2, 40):
+        found = launch_latent(q, cache, rows, positions, 0.7, 512, config, splits)
+        check_latent(found, exact)
+        for _ in range(20):
+            assert torch.equal(launch_latent(q, cache, rows, positions, 0.7, 512, config, splits), found)
 
 
 @pytest.mark.gpu
