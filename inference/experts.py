@@ -83,7 +83,10 @@ def expert_gemm(
     x: torch.Tensor, x_scale: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor | None, y: torch.Tensor,
     routing: Routing, block: int, pair_weights: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """x [P, K] in the routing's order, w [E, N, K] -> y [P, N]: x w^T in that order; with weights, the pairs' own."""
+    """
+    x [P, K] in the routing's order, w [E, N, K] -> y [P, N]: x w^T with each pair's expert, in that order; or, with
+    pair_weights [M, K'], in the pairs' own and times their weights.
+    """
     if block == PAIRS:
         launch_grouped(x, x_scale, w, w_scale, y, routing, pair_weights)
         return
