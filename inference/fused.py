@@ -186,7 +186,8 @@ def add_rms_norm(
     """
     See add_rms_norm_ref. Without a delta x' is x itself, not a copy. With `ranks` the sum is over all ranks' terms.
 
-    Two sums in a row take different memory: a rank that comes to the second knows that all have read the first.
+    Two sums in a row take different memory: a rank that has met the others in the second knows that all have read the
+    first, whose memory the third takes.
     """
     if not on_gpu(x):
         return add_rms_norm_ref(x, delta, weight, eps, quantise, scale_fmt, keep)

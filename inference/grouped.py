@@ -7,9 +7,9 @@ ahead. Three groups of four warps multiply: each 64 pairs of one expert with the
 slice of the weight is read once for 192 pairs. They share no step but the hand-over of a slice, which is an mbarrier
 each way: `full` when all of it has arrived, `empty` when all three have used it.
 
-Time goes to bytes from L2: 57 a ns for each of an H200's multiprocessors, whether one group works or three. A slice of
-16 KB of weights and 3 x 8 KB of pairs takes 0.70 us, which is 1,185 TFLOPS; V3's experts, with 256 pairs each, reach
-820. Tiles of 64 pairs read 24 KB for each 64: 710.
+Time goes to bytes from L2 more than to products: on an H200 a slice takes 0.42, 0.56 or 0.70 us with one, two or three
+groups at work, for 24, 32 or 40 KB. The last is 1,185 TFLOPS; V3's experts, with 256 pairs each, reach 820, gemm_kernel
+with a weight read for every 64 pairs 710.
 
 Dimension letters: P pairs in the routing's order, E experts, N outputs, K inputs.
 """
@@ -145,7 +145,7 @@ def multiply(
             gl.store(y_ptrs, y, mask=(start + slots < stop)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["n_all", "x_scale_g"])  # they follow the prompt, and nothing is gained
 def grouped_kernel(
     x_desc, w_desc, x_scale_ptr, w_scale_ptr, y_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr,
     pair_weight_ptr, n_all, n_tiles, N, slices, x_scale_m, x_scale_g,
@@ -184,7 +184,7 @@ def grouped_kernel(
 
 def launch_grouped(
     x: torch.Tensor,
-    x_scale: torch.Tensor,
+    x_scale: torch.Tensor | None,
     w: torch.Tensor,
     w_scale: torch.Tensor,
     y: torch.Tensor,
@@ -193,9 +193,12 @@ def launch_grouped(
 ) -> None:
     """
     Run grouped_kernel: x [P, K] e4m3 with x_scale [P, K / 128], w [E, N, K] e4m3 with w_scale [E, N / 128, K / 128] ->
-    y [P, N]. routing: order, tile_expert, tile_start, tile_stop, for tiles of PAIRS; x has their order, and so has y,
-    but with pair_weights it has the pairs', each multiplied by its weight.
+    y [P, N]. routing: order, tile_expert, tile_start, tile_stop, for tiles of 1 to PAIRS pairs; x has their order, and
+    so has y, but with pair_weights it has the pairs', each multiplied by its weight. Raises ValueError for weights that
+    the kernel does not take.
     """
+    if x_scale is None or not takes(w):
+        raise ValueError(f"launch_grouped: {w.dtype} weights {tuple(w.shape)} on {w.device} are not for this kernel")
     N, K = w.shape[-2:]
     order, *tiles = routing
     n_tiles = cdiv(N, BLOCK_SIZE)

@@ -29,9 +29,13 @@ SIDE = 64  # queries and keys of a tile
 
 
 def takes(q: torch.Tensor, cache: torch.Tensor, C: int) -> bool:
-    """Whether this kernel is for these: shared memory holds two tiles of just the released models' keys."""
-    sizes = C, cache.shape[-1] - C
-    return q.dtype == torch.bfloat16 and capability(q.device) == (9, 0) and sizes == (512, 64)
+    """
+    Whether this kernel is for these: shared memory holds two tiles of just the released models' keys, which are copied
+    16 bytes at a time.
+    """
+    fits = q.dtype == cache.dtype == torch.bfloat16 and (C, cache.shape[-1] - C) == (512, 64)
+    aligned = cache.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in cache.stride()[:-1])
+    return capability(q.device) == (9, 0) and fits and aligned and cache.stride(-1) == 1
 
 
 @gluon.jit

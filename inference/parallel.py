@@ -16,7 +16,7 @@ import torch.distributed._symmetric_memory as symm_mem
 
 from errors import InputError
 from fused import Ranks, add_rms_norm, sum_terms
-from kernel import Quantised
+from kernel import Quantised, on_gpu
 
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.
 IDLE_TIMEOUT = timedelta(days=365)
@@ -31,9 +31,9 @@ class SymmetricMemory:
     """
     Memory of this rank that the other GPUs of the host read and write directly, and sums through it.
 
-    Every rank adds in the order of the ranks, in the type of `x`, so the sums are the same to the last bit on all of
-    them. Sums must be made in the same order on every rank, on one stream; they can be part of a CUDA graph. Multicast
-    is not used.
+    Every rank adds in the order of the ranks, in the type of `x` (a norm that sums its terms in fp32), so the sums are
+    the same to the last bit on all of them. Sums must be made in the same order on every rank, on one stream; they can
+    be part of a CUDA graph. Multicast is not used.
     """
 
     WORLD_SIZES = (2, 4, 8)  # that the kernels are compiled for
@@ -118,7 +118,7 @@ class Parallel:
         """
         ranks = None
         if terms is not None and self.world_size > 1:
-            ranks = None if self.symmetric is None else self.symmetric.ranks(x, half)
+            ranks = self.symmetric.ranks(x, half) if self.symmetric is not None and on_gpu(x) else None
             terms = terms if ranks else self.sum_terms(terms)
         return add_rms_norm(x, terms, weight, eps, **options, ranks=ranks)
 

@@ -137,6 +137,25 @@ def test_latent_splits():
         assert latent_splits(5000, tiles, 132) == 1
 
 
+def test_what_many_queries_takes(monkeypatch):
+    """On Hopper, the released models' keys in bf16, if 16 bytes can be copied wherever a key begins."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    monkeypatch.setattr("many_queries.capability", lambda _: (9, 0))
+    q, memory = zeros(1, 1, 64, 576), zeros(3, 40, 1200)
+    cache = memory[..., :576]
+    assert takes(q, cache, 512) and takes(q, cache[1:, :7], 512)
+    between_rows = zeros(3, 40 * 576 + 8)[:, : 40 * 576].unflatten(1, (40, 576))
+    for other in (cache.float(), memory[..., 1:577], memory[..., :1152:2], zeros(3, 40, 580)[..., :576], between_rows):
+        assert other.shape == cache.shape and not takes(q, other, 512), other.stride()
+    assert not takes(q, memory[..., :192], 128) and not takes(q.float(), cache, 512)
+    for capability in ((8, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr("many_queries.capability", lambda _, found=capability: found)
+        assert not takes(q, cache, 512)
+
+
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 

@@ -248,6 +248,8 @@ def test_pairs_of_a_tile(monkeypatch):
     others = (w13, W8A16), (w13.bfloat16(), None), (w13[..., :129, :], None), (w13[..., :129], None)
     for weight, scale_fmt in others:  # for which gemm_kernel alone is there
         assert pair_block(x, 8 * 9000, 256, weight, scale_fmt) in (64, 128)
+        with pytest.raises(ValueError, match="not for this kernel"):
+            launch_grouped(x, None, weight, None, x, ())
     monkeypatch.setattr("grouped.capability", lambda _: (10, 0))
     assert pair_block(x, 8 * 9000, 256, w13, None) == 64
 

@@ -5,9 +5,11 @@ when they are used at all.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,13 @@ import torch
 import torch.distributed as dist
 
 import parallel
+from config import ModelArgs
+from dummy import fill_dummy
 from fused import add_rms_norm
+from model import Transformer
 from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, leave_ranks, share_memory
 
+ROOT = Path(__file__).parents[1]
 TOKENS = (1, 2, 3, 7, 8, 9, 64, 65, 511, 512, 1170, 1171, 4096)
 DIM = 7168
 ODD = ((1,), (8,), (5, 3, 8), (1023, 9), (129, 130), (3, 7, 1))  # of these some are left to NCCL
@@ -184,6 +190,46 @@ def test_one_or_two_shots(monkeypatch, nbytes, one_shot):
     given = x.clone()
     assert ranks.sum_terms(x) is x and torch.equal(x, 3 * given)
     assert calls == ["one" if one_shot else "two"] * 3
+
+
+class Recording(Parallel):
+    """Notes which half of the memory each sum in a norm would take."""
+
+    def __init__(self, halves: list[int]):
+        super().__init__()
+        object.__setattr__(self, "halves", halves)
+
+    def add_rms_norm(self, x, terms, weight, eps, half, **options):
+        self.halves += [] if terms is None else [half]
+        return super().add_rms_norm(x, terms, weight, eps, half, **options)
+
+
+def test_sums_in_norms_take_the_halves_in_turn():
+    """From pass to pass, with and without drafts: a half that is written again at once may still be read."""
+    halves: list[int] = []
+    args = replace(ModelArgs.load(ROOT / "tiny" / "config.json"), dtype="bf16", n_mtp_layers=2)
+    model = Transformer(args, Recording(halves))
+    fill_dummy(model)
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    step = model.step((2, 3))
+    with torch.inference_mode():
+        for drafts in (0, 1, 2, 0):
+            h = model.hidden(tokens, step)
+            for i in range(drafts):
+                h = model.draft(i, h, tokens, step)
+    assert len(halves) == 4 * 2 * args.n_layers + 3 * 2
+    assert all(a != b for a, b in itertools.pairwise(halves)), halves
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_norm_without_its_kernel_leaves_the_sum_to_the_ranks(monkeypatch, grad):
+    """The reference of add_rms_norm knows no ranks: on a CPU, or under a gradient, which kernels do not have."""
+    memory = object.__new__(SymmetricMemory)
+    monkeypatch.setattr(SymmetricMemory, "ranks", lambda *_: pytest.fail("asked for ranks"))
+    monkeypatch.setattr(Parallel, "sum_terms", lambda _, terms: 3 * terms.sum(1))
+    x, terms, weight = torch.randn(2, 8).requires_grad_(grad), torch.randn(2, 4, 8), torch.ones(8)
+    total, _ = Parallel(0, 2, symmetric=memory).add_rms_norm(x, terms, weight, 1e-6, 0)
+    torch.testing.assert_close(total, x + 3 * terms.sum(1))
 
 
 class Refusing(SymmetricMemory):
