@@ -177,14 +177,14 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
     results = Results(args.output_file if first else None, Path(args.input_file), prompts, args.resume)
     if params.logprobs is not None and any("logprobs" not in item for item in results.done.values()):
         raise InputError(f"--resume --logprobs: results in {args.output_file} are without; leave --resume out")
-    model_args = Checkpoint(args.ckpt_path, args.config).args
-    tokenizer = load_tokenizer(args.ckpt_path)
+    checkpoint, tokenizer = Checkpoint(args.ckpt_path, args.config), load_tokenizer(args.ckpt_path)
+    model_args = checkpoint.args
     ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in prompts]
     max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
     rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
     for number, prompt in enumerate(ids, 1):
         check_ids(prompt, model_args.vocab_size, max_seq_len, f"{args.input_file}: prompt {number}")
-    llm = load(args, max_batch_size=rows, max_seq_len=max_seq_len)
+    llm = load(args, checkpoint, tokenizer, max_batch_size=rows, max_seq_len=max_seq_len)
     done = llm.parallel.broadcast_object(set(results.done))  # one answer for all ranks
     requests = [Request(prompt, params, index) for index, prompt in enumerate(ids) if index not in done]
     results.begin()

@@ -22,6 +22,9 @@ from errors import Arguments, InputError, is_first, positive, run_command
 SMALL_DIM = 512
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a wrong flag should not wait for them
+    from transformers import PreTrainedTokenizerFast
+
+    from checkpoint import Checkpoint
     from engine import Request, Stats
     from llm import LLM
     from sampling import SamplingParams
@@ -67,14 +70,14 @@ def parse_arguments() -> Namespace:
     return args
 
 
-def load(args: Namespace, **sizes: Any) -> LLM:
+def load(args: Namespace, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> LLM:
     import torch
 
     from llm import LLM
 
     same = ("device", "gemm", "expert_parallel", "mtp", "prefill_chunk", "cuda_graph")
     options = {name: getattr(args, name) for name in same}
-    llm = LLM(args.ckpt_path, args.config, verbose=True, **options, **sizes)
+    llm = LLM(checkpoint, tokenizer=tokenizer, verbose=True, **options, **sizes)
     if llm.model.args.dim <= SMALL_DIM:
         torch.set_num_threads(1)
     return llm
@@ -102,12 +105,13 @@ def chat(args: Namespace, params: SamplingParams) -> None:
     from terminal import Terminal
     from text import load_tokenizer
 
-    Checkpoint(args.ckpt_path, args.config)
-    if not load_tokenizer(args.ckpt_path).chat_template:
+    checkpoint, tokenizer = Checkpoint(args.ckpt_path, args.config), load_tokenizer(args.ckpt_path)
+    if not tokenizer.chat_template:
         raise InputError(
             f"--interactive: the tokenizer in {args.ckpt_path} has no chat_template; --input-file continues plain text"
         )
-    llm = load(args, max_batch_size=args.max_batch_size or 1, max_seq_len=args.max_seq_len, keep_prefix=True)
+    sizes = {"max_batch_size": args.max_batch_size or 1, "max_seq_len": args.max_seq_len}
+    llm = load(args, checkpoint, tokenizer, **sizes, keep_prefix=True)
     messages = []
     with Terminal(enabled=llm.parallel.rank == 0) as terminal:
         while True:

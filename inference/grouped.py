@@ -152,8 +152,10 @@ def grouped_kernel(
     SCATTER: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """
-    y = x w^T for tiles of up to 192 pairs of one expert and 128 outputs, n_all of them, by as many programs as there
-    are multiprocessors. Each slice of 128 of K is scaled as it is summed in fp32.
+    y[p, n] = sum over slices g of K: x_scale[p, g] * w_scale[e, n // 128, g] * sum(x[p, k] * w[e, n, k] for k in g)
+
+    of the pair's expert e, the outer sum in fp32. n_all tiles of up to 192 pairs of one expert and 128 outputs, by as
+    many programs as there are multiprocessors.
     """
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK: gl.constexpr = w_desc.block_type.shape[0]
@@ -192,10 +194,10 @@ def launch_grouped(
     pair_weights: torch.Tensor | None = None,
 ) -> None:
     """
-    Run grouped_kernel: x [P, K] e4m3 with x_scale [P, K / 128], w [E, N, K] e4m3 with w_scale [E, N / 128, K / 128] ->
-    y [P, N]. routing: order, tile_expert, tile_start, tile_stop, for tiles of 1 to PAIRS pairs; x has their order, and
-    so has y, but with pair_weights it has the pairs', each multiplied by its weight. Raises ValueError for weights that
-    the kernel does not take.
+    Run grouped_kernel, whose reference is fp8_gemm_ref for each expert: x [P, K] e4m3 with x_scale [P, K / 128],
+    w [E, N, K] e4m3 with w_scale [E, N / 128, K / 128] -> y [P, N]. routing: order, tile_expert, tile_start, tile_stop,
+    for tiles of 1 to PAIRS pairs; x has their order, and so has y, but with pair_weights it has the pairs', each
+    multiplied by its weight. Raises ValueError for weights that the kernel does not take.
     """
     if x_scale is None or not takes(w):
         raise ValueError(f"launch_grouped: {w.dtype} weights {tuple(w.shape)} on {w.device} are not for this kernel")

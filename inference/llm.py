@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from checkpoint import Checkpoint, load_model, tensor_specs
 from config import GEMMS, MAX_DRAFTS, ModelArgs
@@ -76,7 +77,8 @@ def allocate(args: ModelArgs, parallel: Parallel, device: torch.device, **sizes:
 
 class LLM:
     """
-    `path`: a Hugging Face folder or convert.py's output. `config`: our JSON or HF's, by default the folder's.
+    `path`: a Hugging Face folder or convert.py's output. `config`: our JSON or HF's, by default the folder's. Or both
+    as an open Checkpoint, and its `tokenizer` if that is loaded.
 
     Under torchrun every rank makes the same LLM and calls the same methods with the same arguments. Raises InputError
     for everything wrong with the checkpoint, before anything large is allocated.
@@ -84,9 +86,10 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Checkpoint,
         config: str | Path | None = None,
         *,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         device: str = "auto",
         gemm: str = "auto",
         expert_parallel: bool = False,
@@ -99,10 +102,10 @@ class LLM:
         verbose: bool = False,
     ):
         start = time.perf_counter()
-        checkpoint = Checkpoint(path, config)
+        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path, config)
         args = checkpoint.args
-        self.tokenizer = load_tokenizer(path)
-        self.stop_ids = stop_ids(path, self.tokenizer)
+        self.tokenizer = load_tokenizer(checkpoint.path) if tokenizer is None else tokenizer
+        self.stop_ids = stop_ids(checkpoint.path, self.tokenizer)
         self.max_seq_len = cache_length(args, max_seq_len)
         max_batch_size = args.max_batch_size if max_batch_size is None else max_batch_size
         for name, value, low, high in (
@@ -130,7 +133,7 @@ class LLM:
         if verbose and parallel.rank == 0:
             total = sum(math.prod(spec.shape) for spec in tensor_specs(args).values() if not spec.is_scale)
             print(
-                f"{Path(path).resolve().name}: {total / 1e9:.3g}B parameters stored as {args.dtype}, run as "
+                f"{checkpoint.path.resolve().name}: {total / 1e9:.3g}B parameters stored as {args.dtype}, run as "
                 f"{in_memory.dtype} on {parallel.world_size} x {torch_device.type}; each holds "
                 f"{needs.weights / 1e9:.3g} GB of weights and {needs.cache / 1e9:.3g} GB of cache "
                 f"({max_batch_size} x {self.max_seq_len} tokens)",

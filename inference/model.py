@@ -208,7 +208,6 @@ class MLA(nn.Module):
 
     def __init__(self, args: ModelArgs, parallel: Parallel):
         super().__init__()
-        self.parallel = parallel
         self.n_local_heads = args.n_heads // parallel.world_size
         self.q_lora_rank = args.q_lora_rank
         self.kv_lora_rank = args.kv_lora_rank
@@ -425,7 +424,6 @@ class Block(nn.Module):
 
     def __init__(self, args: ModelArgs, parallel: Parallel, dense: bool):
         super().__init__()
-        self.parallel = parallel
         self.attn_norm = RMSNorm(args.dim, args, before_fp8=True, parallel=parallel)
         self.attn = MLA(args, parallel)
         self.ffn_norm = RMSNorm(args.dim, args, before_fp8=True, half=0, parallel=parallel)

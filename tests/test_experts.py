@@ -249,7 +249,7 @@ def test_pairs_of_a_tile(monkeypatch):
     for weight, scale_fmt in others:  # for which gemm_kernel alone is there
         assert pair_block(x, 8 * 9000, 256, weight, scale_fmt) in (64, 128)
         with pytest.raises(ValueError, match="not for this kernel"):
-            launch_grouped(x, None, weight, None, x, ())
+            launch_grouped(x, None if scale_fmt == W8A16 else x, weight, x, x, ())
     monkeypatch.setattr("grouped.capability", lambda _: (10, 0))
     assert pair_block(x, 8 * 9000, 256, w13, None) == 64
 

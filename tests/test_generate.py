@@ -23,8 +23,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 import generate
+from checkpoint import Checkpoint
 from checkpoints import CHAT_TEMPLATE, SMALL, make_hf
 from config import ModelArgs
 from convert import convert
@@ -173,6 +175,18 @@ def test_a_full_cache_ends_a_completion(folder, input_file, tmp_path, command):
     assert command(*argv, "--max-seq-len", 40, "--temperature", 0)[0] == 0
     for item in read_results(target):
         assert item["prompt_tokens"] + item["completion_tokens"] == 40 and item["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("mode", ["--interactive", "--input-file"])
+def test_headers_and_tokenizer_are_read_once(folder, input_file, command, monkeypatch, mode):
+    """For what is refused before loading, and for the model."""
+    opened = []
+    for owner, name in ((Checkpoint, "__init__"), (PreTrainedTokenizerFast, "from_pretrained")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, name=name, **k: (opened.append(name), real(*a, **k))[1])
+    argv = (mode, input_file) if mode == "--input-file" else (mode,)
+    assert command("--ckpt-path", folder, "--device", "cpu", "--max-new-tokens", 2, *argv)[0] == 0
+    assert sorted(opened) == ["__init__", "from_pretrained"]
 
 
 def test_folders_that_hold_the_same_model_answer_alike(folder, input_file, tmp_path, command):
