@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import capability, cdiv, multiprocessors, on_hopper, pdl_options
 from kernel import on_gpu
-from many_queries import SIDE, many_queries_kernel, takes
+from many_queries import SIDE, launch_many_queries, takes
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
@@ -310,7 +310,7 @@ def merge_kernel(
 class LatentConfig(NamedTuple):
     """
     block_m queries a program, tiles of block_t keys, which `swap` makes the rows of both products. `many`: by
-    many_queries_kernel.
+    many_queries_kernel, whose warps and stages are its own.
     """
 
     block_m: int
@@ -357,15 +357,14 @@ def launch_latent(
     parts = out if splits == 1 else q.new_empty(B, splits, S * H, C, dtype=torch.float32)
     lse = None if splits == 1 else q.new_empty(B, splits, S * H, dtype=torch.float32)
     grid = cdiv(S * H, config.block_m), splits, B
-    given = q, cache, rows, positions.contiguous(), parts, lse, S, H, cache.shape[1], scale * LOG2_E
-    given = *given, *q.stride()[:3], *cache.stride()[:2], C, R
+    positions, scale = positions.contiguous(), scale * LOG2_E
     if config.many:
-        many_queries_kernel[grid](*given, SIDE=SIDE, MERGE=splits > 1, num_warps=config.num_warps)
+        launch_many_queries(q, cache, rows, positions, scale, C, parts, lse)
     else:
-        blocks = {"C_PAD": padded(C), "R_PAD": padded(R), "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
         latent_attention_kernel[grid](
-            *given, **blocks, SWAP=config.swap, MERGE=splits > 1,
-            num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
+            q, cache, rows, positions, parts, lse, S, H, cache.shape[1], scale, *q.stride()[:3], *cache.stride()[:2],
+            C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SWAP=config.swap,
+            MERGE=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
         )  # fmt: skip
     if splits > 1:
         n = triton.next_power_of_2(splits)

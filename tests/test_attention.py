@@ -271,15 +271,19 @@ def test_gpu_latent_attention_each_way(B, queries, hopper, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("S", "H"), [(1, 64), (3, 7), (2, 128), (4, 33)])
-def test_gpu_many_queries(S, H, monkeypatch):
-    """The kernel for many queries, also where they fill no tile; NaN past and before a row's keys; no race."""
+@pytest.mark.parametrize("length", [2045, 20])
+def test_gpu_many_queries(length, S, H, monkeypatch):
+    """
+    The kernel for many queries, also where they fill no tile, or the cache is shorter than one; NaN past and before a
+    row's keys; no race.
+    """
     poison_new_memory(monkeypatch.setattr)
-    starts = [0, 1, 62, 63, 64, 65, 127, 128, 1000, 2040]
-    case = latent_case(starts, S, H, 512, 64, torch.bfloat16, 2045)
+    starts = [start for start in (0, 1, 15, 62, 63, 64, 65, 127, 128, 1000, 2040) if start + S <= length]
+    case = latent_case(starts, S, H, 512, 64, torch.bfloat16, length)
     q, cache, rows, positions = (x.cuda() for x in case)
     if not takes(q, cache, 512):
         pytest.skip("Hopper's alone")
-    exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, 2045, 0.7, 512)
+    exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, length, 0.7, 512)
     config = latent_config(len(starts), 10**6, q.dtype, True, True)
     assert config.many
     for splits in (1, 2, 40):
