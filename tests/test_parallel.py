@@ -2,12 +2,15 @@
 The model split over processes (gloo, on the CPU) against the same model in one.
 
 All of it runs in one set of four processes, as starting them costs more than what they compute: first as four ranks,
-then as two pairs, of which one splits each expert and the other deals out whole ones.
+then as two pairs, of which one splits each expert and the other deals out whole ones. On GPUs each rank runs
+this file.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,8 +24,10 @@ from torch.multiprocessing import spawn
 
 from checkpoint import Checkpoint, load_model
 from errors import InputError, is_first
+from llm import LLM
 from model import Transformer
-from parallel import Parallel, join_ranks
+from parallel import Parallel, join_ranks, leave_ranks
+from sampling import SamplingParams
 
 PROMPT, NEW = 40, 16
 
@@ -51,7 +56,7 @@ JOBS = [
 ]
 
 
-def results(folder: Path, job: Job, parallel: Parallel) -> dict[str, Any]:
+def results(folder: Path, job: Job, parallel: Parallel, device: str = "cpu") -> dict[str, Any]:
     """This rank's view of one job: logits of a prompt, greedy tokens after it, MTP logits, and what it took."""
     counts = {"bytes": 0, "sums": 0}
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +74,9 @@ def results(folder: Path, job: Job, parallel: Parallel) -> dict[str, Any]:
         count(os, "preadv", "bytes", lambda n: n)
         count(dist, "all_reduce", "sums", lambda _: 1)
         checkpoint = Checkpoint(folder / f"{job.kind}-{job.dtype}")
-        model = Transformer(replace(checkpoint.args, activation_scheme="none" if job.exact else "dynamic"), parallel)
+        args = replace(checkpoint.args, activation_scheme="none" if job.exact else "dynamic")
+        with torch.device(device):
+            model = Transformer(args, parallel)
         for parameter in model.parameters():
             parameter.view(torch.uint8).fill_(0xFF)  # NaN in every type here: what is not loaded shows
             if job.exact and parameter.dtype == torch.bfloat16:
@@ -77,17 +84,18 @@ def results(folder: Path, job: Job, parallel: Parallel) -> dict[str, Any]:
         counts["bytes"] = 0  # from here on data, no headers
         load_model(model, checkpoint, parallel, progress=False)
 
-        tokens = torch.randint(5, 520, (2, PROMPT), generator=torch.Generator().manual_seed(0))
-        cache = model.new_cache(2, PROMPT + NEW)
-        step = model.step(tokens.shape)
-        h = model.hidden(tokens, step, cache)
-        found = {"prompt": model.logits(h)}
-        if model.mtp:
-            found["mtp"] = model.logits(model.draft(0, h, tokens.roll(-1, 1), step, cache))
-        generated = [found["prompt"][:, -1].argmax(-1)]
-        counts["sums"] = 0
-        for i in range(PROMPT, PROMPT + NEW - 1):
-            generated.append(model(generated[-1][:, None], i, cache).argmax(-1))
+        with torch.inference_mode():
+            tokens = torch.randint(5, 520, (2, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+            cache = model.new_cache(2, PROMPT + NEW)
+            step = model.step(tokens.shape)
+            h = model.hidden(tokens, step, cache)
+            found = {"prompt": model.logits(h)}
+            if model.mtp:
+                found["mtp"] = model.logits(model.draft(0, h, tokens.roll(-1, 1), step, cache))
+            generated = [found["prompt"][:, -1].argmax(-1)]
+            counts["sums"] = 0
+            for i in range(PROMPT, PROMPT + NEW - 1):
+                generated.append(model(generated[-1][:, None], i, cache).argmax(-1))
         return found | {"tokens": torch.stack(generated, 1), "bytes": counts["bytes"], "sums": counts["sums"]}
 
 
@@ -228,3 +236,75 @@ def test_an_environment_that_no_launcher_leaves(monkeypatch):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(InputError, match=named):
             join_ranks("cpu")
+
+
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+GPU_JOBS = [Job("v3", dtype, 0) for dtype in ("fp32", "bf16", "fp8")]
+# Eight ranks split it, FP8 blocks and all.
+EIGHTHS = {
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+}
+
+
+def gpu_results(folder: Path, parallel: Parallel) -> dict[Any, Any]:
+    """This rank's logits, and with fp32 what the whole decoding loop, drafts and CUDA graphs included, says of them."""
+    found: dict[Any, Any] = {}
+    for job in GPU_JOBS:
+        found[job.dtype] = results(folder, job, parallel, "cuda")
+    llm = LLM(folder / "v3-fp32", device="cuda", mtp=1, expert_parallel=parallel.expert_parallel)
+    prompts = torch.randint(5, 520, (3, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+    done = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
+    return found | {"answers": [completion.token_ids for completion in done]}
+
+
+def gpu_rank_main(folder: Path) -> None:
+    for expert_parallel in (False, True):
+        parallel, _ = join_ranks("cuda", expert_parallel)
+        assert parallel.symmetric is not None, parallel.sums
+        found = gpu_results(folder, parallel)
+        torch.save(found, folder / f"rank{parallel.rank}-of-{parallel.world_size}-{expert_parallel}.pt")
+    leave_ranks()
+
+
+@pytest.fixture(scope="module")
+def on_one_gpu(tmp_path_factory) -> tuple[Path, dict[Any, Any]]:
+    from checkpoints import make_hf
+
+    folder = tmp_path_factory.mktemp("gpus")
+    for job in GPU_JOBS:
+        make_hf(folder / f"{job.kind}-{job.dtype}", job.kind, job.dtype, mtp=1, **EIGHTHS)
+    return folder, gpu_results(folder, Parallel())
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("jobs")
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_split_over_gpus_equals_whole(on_one_gpu, n):
+    """Ranks share GPUs where there are fewer."""
+    folder, wanted = on_one_gpu
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    command += [str(Path(__file__).with_name("crowded.py"))] * (torch.cuda.device_count() < n) + [__file__, str(folder)]
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr[-4000:]
+    for expert_parallel in (False, True):
+        views = [torch.load(folder / f"rank{i}-of-{n}-{expert_parallel}.pt", weights_only=False) for i in range(n)]
+        for view in views:
+            assert view["answers"] == wanted["answers"]
+            for dtype, least in (("fp32", 0.99999), ("bf16", 0.998), ("fp8", 0.975)):
+                for name in ("prompt", "mtp"):
+                    found, whole = view[dtype][name], wanted[dtype][name]
+                    assert torch.equal(found, views[0][dtype][name])
+                    assert dtype != "fp32" or error(found, whole) < 1e-5
+                    assert torch.cosine_similarity(found, whole, dim=-1).median() > least, (dtype, name)
+
+
+if __name__ == "__main__":
+    gpu_rank_main(Path(sys.argv[1]))

@@ -1,0 +1,72 @@
+"""
+Run a script with more ranks than there are GPUs: `torchrun --nproc-per-node 8 crowded.py SCRIPT ARGUMENT...`.
+
+NCCL does not join ranks that share a GPU. Gloo joins them here, symmetric memory is told to allow it, and what small
+tensors would go through NCCL inside a CUDA graph goes through symmetric memory too; large sums go by the CPU. Slow, as
+ranks that wait for each other take turns on the GPU; what is computed is what as many GPUs would compute.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import parallel
+from gpu import cdiv
+
+
+def sum_exactly(ranks: parallel.Parallel, x: torch.Tensor) -> torch.Tensor:
+    """Of whole numbers or of one rank's only, through symmetric memory; fp32 holds a token's id."""
+    total = torch.zeros(4 * cdiv(x.numel(), 4), dtype=torch.float32, device=x.device)
+    total[: x.numel()] = x.flatten()
+    assert ranks.symmetric.takes(total), x.shape
+    ranks.symmetric.all_reduce(total)
+    return total[: x.numel()].view(x.shape).to(x.dtype)
+
+
+def all_gather(ranks: parallel.Parallel, x: torch.Tensor) -> torch.Tensor:
+    parts = x.new_zeros(*x.shape[:-1], ranks.world_size, x.shape[-1])
+    parts[..., ranks.rank, :] = x
+    return sum_exactly(ranks, parts).flatten(-2)
+
+
+def broadcast(ranks: parallel.Parallel, x: torch.Tensor) -> torch.Tensor:
+    return x.copy_(sum_exactly(ranks, x if ranks.rank == 0 else torch.zeros_like(x)))
+
+
+def all_reduce_by_cpu(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    total = x.to("cpu", torch.float32)
+    dist_all_reduce(total, group=group)
+    x.copy_(total)
+
+
+def all_gather_by_cpu(parts: list[torch.Tensor], x: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    found = [torch.empty(x.shape, dtype=torch.float32) for _ in parts]
+    dist_all_gather(found, x.to("cpu", torch.float32), group=group)
+    for part, y in zip(parts, found, strict=True):
+        part.copy_(y)
+
+
+dist_all_reduce, dist_all_gather = dist.all_reduce, dist.all_gather
+
+
+def main() -> None:
+    init_process_group, set_device = dist.init_process_group, torch.cuda.set_device
+    dist.init_process_group = lambda backend: init_process_group("gloo")
+    dist.all_reduce, dist.all_gather = all_reduce_by_cpu, all_gather_by_cpu
+    torch.cuda.set_device = lambda i: set_device(i % torch.cuda.device_count())
+    torch.cuda.can_device_access_peer = lambda *_: True
+    parallel.Parallel.all_gather, parallel.Parallel.broadcast = all_gather, broadcast
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    del sys.argv[0]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
