@@ -5,6 +5,7 @@ at BANDWIDTH, or its arithmetic done at the tensor cores' measured rate, whichev
     python inference/benchmark.py --config configs/config_671B.json --n-layers 8 --dummy-weights
     torchrun --nproc-per-node 8 inference/benchmark.py --config configs/config_671B.json --dummy-weights --mtp 1
     python inference/benchmark.py --ckpt-path DIR --prefill 1x4096 --profile trace.json
+    python inference/benchmark.py --config configs/config_671B.json --dummy-weights --alone-of 8
     python inference/benchmark.py --kernels
 
 Dummy weights are random, made on the device, and behave like trained ones: activations keep their size from layer to
@@ -40,7 +41,7 @@ from config import GEMMS, MAX_DRAFTS, ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
 from errors import Arguments, InputError, is_first, positive, run_command
-from fused import argmax
+from fused import add_rms_norm, argmax, sum_terms
 from llm import allocate, weights_in_memory
 from model import Gate, Transformer
 from parallel import Parallel, choose_device, join_ranks, leave_ranks
@@ -51,6 +52,28 @@ WARM_STEPS = 3
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
+
+
+class LoneRank(Parallel):
+    """One rank of several without the others: their terms are missing from its sums, their logits are its own."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def sum_terms(self, terms: torch.Tensor) -> torch.Tensor:
+        return sum_terms(terms) if terms.dim() == 3 else terms
+
+    def add_rms_norm(self, x, terms, weight, eps, half, **options: Any):
+        return add_rms_norm(x, terms, weight, eps, **options)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(*[1] * (x.dim() - 1), self.world_size)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
 
 
 @dataclass
@@ -86,6 +109,11 @@ def build(options: argparse.Namespace) -> Bench:
     if options.mtp and not args.n_mtp_layers:
         raise InputError(f"--mtp {options.mtp}: the model has no MTP modules")
     parallel, device = join_ranks(choose_device(options.device), options.expert_parallel)
+    if options.alone_of:
+        if parallel.world_size > 1:
+            raise InputError("--alone-of: times one process, not torchrun's")
+        sums = f"rank 0 of {options.alone_of} alone: no sums over the ranks"
+        parallel = LoneRank(0, options.alone_of, options.expert_parallel, sums=sums)
     check_split(args, parallel.world_size, parallel.expert_parallel)
     start = time.perf_counter()
     in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))
@@ -105,8 +133,10 @@ def build(options: argparse.Namespace) -> Bench:
 
 
 def prompts(bench: Bench, rows: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Random tokens; those that a lone rank has the embedding of."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(bench.args.vocab_size, (rows, length), generator=generator).tolist()
+    known = bench.args.vocab_size // (bench.options.alone_of or 1)
+    return torch.randint(known, (rows, length), generator=generator).tolist()
 
 
 def requests(bench: Bench, rows: int, length: int, max_tokens: int) -> list[Request]:
@@ -258,7 +288,7 @@ def result(bench: Bench, case: str, seconds: float, floor: float, **more: Any) -
     torch.cuda.reset_peak_memory_stats()
     key = {"config": (bench.options.config or bench.options.ckpt_path).stem, "n_layers": bench.args.n_layers}
     key |= {"gpus": bench.parallel.world_size, "case": case}
-    rows = [] if bench.options.mtp else json.loads(PEERS.read_text())["end_to_end"]
+    rows = [] if bench.options.mtp or bench.options.alone_of else json.loads(PEERS.read_text())["end_to_end"]
     peer = next((row for row in rows if row.items() >= key.items()), {})
     more |= {name: value for name, value in peer.items() if name.endswith("_ms")}
     return Result(case, seconds * 1e3, **more)
@@ -384,6 +414,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--gemm", choices=GEMMS, default="auto", help="arithmetic of FP8 weights (default auto)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
+    add("--alone-of", type=positive, metavar="N", help="one rank of N by itself, without the sums (dummy weights)")
     add("--profile", type=Path, metavar="FILE", help="chrome traces of a decode case and of prefill, top kernels")
     options = parser.parse_args()
     options.traces = []
@@ -393,6 +424,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--batch-size and --prefill name no case: there is nothing to time")
     if options.n_layers and not options.dummy_weights:
         raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
+    if options.alone_of and not options.dummy_weights:
+        raise InputError("--alone-of is for dummy weights: what a lone rank makes of real ones means nothing")
     if not 0 <= options.mtp <= MAX_DRAFTS:
         raise InputError(f"--mtp {options.mtp}: wanted 0 to {MAX_DRAFTS}")
     if options.accept_rate is not None and not (0 <= options.accept_rate <= 1 and options.mtp):
@@ -419,10 +452,10 @@ def main() -> None:
     if not is_first():
         return
     device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
-    gb, startup = bench.weight_bytes / 1e9, bench.startup
+    gb, startup, gpus = bench.weight_bytes / 1e9, bench.startup, 1 if options.alone_of else bench.parallel.world_size
     startup["weights_gb_per_s"] = gb / startup["weights"]
     about = {"config": str(options.config or options.ckpt_path), "command": sys.argv[1:], "device": device}
-    about |= {"n_layers": bench.args.n_layers, "dtype": bench.args.dtype, "gpus": bench.parallel.world_size}
+    about |= {"n_layers": bench.args.n_layers, "dtype": bench.args.dtype, "gpus": gpus}
     about |= {"torch": torch.__version__, "mtp": options.mtp, "startup": startup, "weights_gb": gb}
     print("{config}: {n_layers} layers, {dtype}, {gpus} x {device}, torch {torch}, drafts {mtp}".format(**about))
     print(f"{bench.parallel.sums}\n" if bench.parallel.sums else "")

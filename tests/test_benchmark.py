@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import benchmark
 import benchmark_kernels
@@ -250,10 +251,44 @@ def test_real_weights(run, tmp_path):
     assert 1 <= found["cases"][0]["tokens_per_step"] <= 2
 
 
+def test_one_rank_alone(run, config):
+    config.write_text(json.dumps(CONFIG | {"dtype": "bf16"}))  # its FP8 blocks would not split
+    argv = "--dummy-weights --batch-size 2 --prompt-len 20 --prefill 2x24 --steps 2 --mtp 1 --alone-of 2".split()
+    code, out, err = run("--config", config, *argv)
+    assert code == 0, err
+    assert "rank 0 of 2 alone: no sums over the ranks" in out
+    found = json.loads(out.splitlines()[-1])
+    assert found["gpus"] == 1 and [case["case"] for case in found["cases"]] == ["decode 2 x 20", "prefill 2 x 24"]
+    code, out, err = run("--config", config, *argv[:-2])
+    assert found["weights_gb"] < 0.6 * json.loads(out.splitlines()[-1])["weights_gb"], "half, and what all ranks have"
+
+
+def test_a_lone_rank_computes_its_share(monkeypatch):
+    """As a rank of two does that gets nothing from the other: of a sum its own terms, of the logits its own."""
+    ranks, lone = Parallel(0, 2), benchmark.LoneRank(0, 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group: None)
+    monkeypatch.setattr(dist, "all_gather", lambda parts, x, group: [part.copy_(x) for part in parts])
+    monkeypatch.setattr(dist, "broadcast", lambda x, source, group: None)
+    found = []
+    for parallel in (ranks, lone):
+        model = dummy(parallel, dtype="fp32")
+        tokens = torch.arange(12).view(2, 6)
+        with torch.inference_mode():
+            step = model.step(tokens.shape)
+            h = model.hidden(tokens, step)
+            found.append((h, model.logits(h), model.draft(0, h, tokens, step)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[1][1].shape == (2, 6, 520)
+    bench = SimpleNamespace(args=model.args, options=SimpleNamespace(alone_of=2))
+    assert max(map(max, benchmark.prompts(bench, 9, 99))) < 260, "it has no embedding of the others"
+    x = torch.randn(3, 4)
+    assert lone.broadcast(x) is x and lone.broadcast_object(x) is x and lone.all_reduce(x) is x
+
+
 def test_peers_stand_next_to_our_figures(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e9)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    options = SimpleNamespace(config=Path("configs/config_671B.json"), mtp=0)
+    options = SimpleNamespace(config=Path("configs/config_671B.json"), mtp=0, alone_of=None)
     bench = SimpleNamespace(on_gpu=True, options=options, args=cut("671B", 8), parallel=Parallel())
     figures = {"engine_ms": 2.0, "tokens_per_s": 500.0}
     ours = benchmark.result(bench, "decode 1 x 1024", 1.9e-3, 1.56e-3, **figures)
@@ -261,8 +296,10 @@ def test_peers_stand_next_to_our_figures(monkeypatch):
     assert ours.over_floor == pytest.approx(1.9 / 1.56) and ours.peak_gb == 5
     assert "2.52" in benchmark.report([ours]) and "target ms" in benchmark.report([ours])
     assert benchmark.result(bench, "decode 3 x 1024", 1.9e-3, 1.56e-3, **figures).vllm_ms is None
-    drafting = SimpleNamespace(config=options.config, mtp=1)
-    for change in ({"parallel": Parallel(0, 4)}, {"args": cut("671B", 9)}, {"options": drafting}):
+    drafting = SimpleNamespace(config=options.config, mtp=1, alone_of=None)
+    alone = SimpleNamespace(config=options.config, mtp=0, alone_of=1)
+    changes = {"parallel": Parallel(0, 4)}, {"args": cut("671B", 9)}, {"options": drafting}, {"options": alone}
+    for change in changes:
         other = SimpleNamespace(**vars(bench) | change)
         assert benchmark.result(other, "decode 1 x 1024", 1.9e-3, 1.56e-3, **figures).vllm_ms is None
 
@@ -276,6 +313,8 @@ BAD = {
     "empty prefill": (["--config", "CONFIG", "--dummy-weights", "--prefill", "0x4"], "wanted ROWSxTOKENS"),
     "no case": (["--config", "CONFIG", "--dummy-weights", "--batch-size", "--prefill"], "nothing to time"),
     "drafts": (["--config", "CONFIG", "--dummy-weights", "--mtp", -1], "--mtp -1: wanted 0 to 16"),
+    "one rank of a checkpoint": (["--ckpt-path", "nowhere", "--alone-of", 2], "--alone-of is for dummy weights"),
+    "one rank of too many": (["--config", "CONFIG", "--dummy-weights", "--alone-of", 3], "over 3 ranks"),
     "acceptance": (["--config", "CONFIG", "--dummy-weights", "--mtp", 1, "--accept-rate", 2], "wanted 0 to 1"),
     "acceptance without drafts": (["--config", "CONFIG", "--dummy-weights", "--accept-rate", 0.5], "and --mtp"),
     "a short cache": (["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9], "--max-seq-len 9: the cases need"),
