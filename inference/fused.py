@@ -199,8 +199,7 @@ def add_rms_norm(
         terms = delta.numel() // x.numel()
     h, values, scale = outputs(x, (M, D), quantise, keep)
     groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
-    # 8 elements a thread for few tokens, 32 for many: then more programs share a multiprocessor.
-    num_warps = min(max(groups // (2 if M <= 16 else 4 if M <= 256 else 8), 1), 32)
+    num_warps = min(max(groups // (4 if 16 < M <= 256 else 2), 1), 32)  # 16 or 8 elements a thread
     ranks = ranks or Ranks()
     add_rms_norm_kernel[(M,)](
         x, delta, weight, total, h, values, scale, ranks.buffers, ranks.signals, ranks.offset, ranks.epochs,

@@ -432,14 +432,15 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     if gated and wide:
         programs = m_tiles * cdiv(N, 64)
         return Tiles(block_m, 64, min(3, max(1, 300 // programs)), 4, 4 if programs <= 264 else 3, True)
-    if gated:
-        return Tiles(block_m, 128, min(3, max(1, 560 // wide_tiles)), 8, 3, True)
+    if gated:  # more than three parts only until each multiprocessor has a program; none where the tiles are many
+        split = min(max(132 // wide_tiles, 3 if wide_tiles < 1200 else 1), slices)
+        return Tiles(block_m, 128, cdiv(slices, cdiv(slices, split)), 8, 3, True)
     if grouped and wide:
         return Tiles(block_m, 64, 1, 4, 8 if wide_tiles < 600 else 4, True)
     if grouped:
         return Tiles(block_m, 128, 1, 4, 3, True)
     if wide_tiles < 20 or (wide_tiles < 100 and slices <= 16):
-        split = min(max(1, 300 // (m_tiles * cdiv(N, 64))), max(1, slices // (8 if wide else 3)))
+        split = min(max(1, 240 // (m_tiles * cdiv(N, 64))), max(1, slices // (8 if wide else 3)))
         return Tiles(block_m, 64, cdiv(slices, cdiv(slices, split)), 4, 6 if wide else 5, True)
     split = min(max(1, 240 // wide_tiles), max(1, slices // 8))
     return Tiles(block_m, 128, cdiv(slices, cdiv(slices, split)), 8 if 2 < tokens <= 16 else 4, 4, True)
