@@ -280,7 +280,8 @@ def on_one_gpu(tmp_path_factory) -> tuple[Path, dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("gpus")
     for job in GPU_JOBS:
         make_hf(folder / f"{job.kind}-{job.dtype}", job.kind, job.dtype, mtp=1, **EIGHTHS)
-    return folder, gpu_results(folder, Parallel())
+    exact = results(folder, Job("v3", "fp8", 1, exact=True), Parallel())
+    return folder, gpu_results(folder, Parallel()) | {"exact": exact}
 
 
 @pytest.mark.gpu
@@ -298,12 +299,15 @@ def test_split_over_gpus_equals_whole(on_one_gpu, n):
         views = [torch.load(folder / f"rank{i}-of-{n}-{expert_parallel}.pt", weights_only=False) for i in range(n)]
         for view in views:
             assert view["answers"] == wanted["answers"]
-            for dtype, least in (("fp32", 0.99999), ("bf16", 0.998), ("fp8", 0.975)):
-                for name in ("prompt", "mtp"):
-                    found, whole = view[dtype][name], wanted[dtype][name]
-                    assert torch.equal(found, views[0][dtype][name])
-                    assert dtype != "fp32" or error(found, whole) < 1e-5
-                    assert torch.cosine_similarity(found, whole, dim=-1).median() > least, (dtype, name)
+            for name in ("prompt", "mtp"):
+                for dtype in ("fp32", "bf16", "fp8"):
+                    assert torch.equal(view[dtype][name], views[0][dtype][name]), (dtype, name)
+                assert error(view["fp32"][name], wanted["fp32"][name]) < 1e-5
+                cosine = torch.cosine_similarity(view["bf16"][name], wanted["bf16"][name], dim=-1).median()
+                assert cosine > 0.998, name
+                # FP8 magnifies every rounding on its way to the MTP module: no further off than the whole model is.
+                whole, split = (error(x["fp8"][name].cpu(), wanted["exact"][name]) for x in (wanted, view))
+                assert split < 1.1 * whole, (name, split, whole)
 
 
 if __name__ == "__main__":
