@@ -9,7 +9,7 @@ tile gives way to the next but one as soon as it has been summed, and the weight
 keys, which only its scores needed.
 
 Bound by the tensor cores, and by shared memory, which both operands of most products come from: 64 x 4,096 keys and 128
-heads take 135 us (540 TFLOPS), latent_attention_kernel, in which both groups compute all scores, 261.
+heads take 117 to 135 us (620 to 540 TFLOPS), latent_attention_kernel, in which both groups compute all scores, 261.
 
 Dimension letters as in attention.py.
 """
