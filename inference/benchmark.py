@@ -288,7 +288,8 @@ def result(bench: Bench, case: str, seconds: float, floor: float, **more: Any) -
     torch.cuda.reset_peak_memory_stats()
     key = {"config": (bench.options.config or bench.options.ckpt_path).stem, "n_layers": bench.args.n_layers}
     key |= {"gpus": bench.parallel.world_size, "case": case}
-    rows = [] if bench.options.mtp or bench.options.alone_of else json.loads(PEERS.read_text())["end_to_end"]
+    comparable = PEERS.exists() and not (bench.options.mtp or bench.options.alone_of)
+    rows = json.loads(PEERS.read_text())["end_to_end"] if comparable else []
     peer = next((row for row in rows if row.items() >= key.items()), {})
     more |= {name: value for name, value in peer.items() if name.endswith("_ms")}
     return Result(case, seconds * 1e3, **more)

@@ -223,6 +223,8 @@ def run_kernels(options: argparse.Namespace) -> None:
     parallel, device = join_ranks(choose_device(options.device))
     if device.type != "cuda" or not has_e4m3(device):
         raise InputError("--kernels: there is no CUDA GPU with FP8 units here to time them on")
+    if not PEERS.exists():
+        raise InputError(f"{PEERS}: no such file; --kernels times the shapes in it")
     found = list(timings(parallel, device))
     if not is_first():
         return

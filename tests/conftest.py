@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """Under pytest-xdist (-n 8, say) the workers share the GPUs."""
+    """Under pytest-xdist (-n 8, say) the workers share the GPUs. Started in the background, they heed Ctrl-C too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and torch.cuda.is_available():
         torch.cuda.set_device(int(worker[2:]) % torch.cuda.device_count())
 

@@ -302,6 +302,9 @@ def test_peers_stand_next_to_our_figures(monkeypatch):
     for change in changes:
         other = SimpleNamespace(**vars(bench) | change)
         assert benchmark.result(other, "decode 1 x 1024", 1.9e-3, 1.56e-3, **figures).vllm_ms is None
+    monkeypatch.setattr(benchmark, "PEERS", Path("nowhere.json"))
+    alone = benchmark.result(bench, "decode 1 x 1024", 1.9e-3, 1.56e-3, **figures)
+    assert alone.vllm_ms is None and alone.over_floor == ours.over_floor, "inference/ may be all there is"
 
 
 BAD = {
