@@ -111,8 +111,9 @@ def build(options: argparse.Namespace) -> Bench:
     parallel, device = join_ranks(choose_device(options.device), options.expert_parallel)
     if options.alone_of:
         if parallel.world_size > 1:
-            raise InputError("--alone-of: times one process, not torchrun's")
-        sums = f"rank 0 of {options.alone_of} alone: no sums over the ranks"
+            raise InputError(f"--alone-of {options.alone_of} times one process: start it without torchrun")
+        load = " and a mean load of its experts" if options.expert_parallel else ""
+        sums = f"rank 0 of {options.alone_of} alone: no sums over the ranks{load}"
         parallel = LoneRank(0, options.alone_of, options.expert_parallel, sums=sums)
     check_split(args, parallel.world_size, parallel.expert_parallel)
     start = time.perf_counter()
@@ -427,6 +428,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
     if options.alone_of and not options.dummy_weights:
         raise InputError("--alone-of is for dummy weights: what a lone rank makes of real ones means nothing")
+    if options.alone_of == 1:
+        raise InputError("--alone-of 1: one rank is alone without it")
     if not 0 <= options.mtp <= MAX_DRAFTS:
         raise InputError(f"--mtp {options.mtp}: wanted 0 to {MAX_DRAFTS}")
     if options.accept_rate is not None and not (0 <= options.accept_rate <= 1 and options.mtp):
@@ -457,7 +460,8 @@ def main() -> None:
     startup["weights_gb_per_s"] = gb / startup["weights"]
     about = {"config": str(options.config or options.ckpt_path), "command": sys.argv[1:], "device": device}
     about |= {"n_layers": bench.args.n_layers, "dtype": bench.args.dtype, "gpus": gpus}
-    about |= {"torch": torch.__version__, "mtp": options.mtp, "startup": startup, "weights_gb": gb}
+    about |= {"alone_of": options.alone_of, "torch": torch.__version__, "mtp": options.mtp}
+    about |= {"startup": startup, "weights_gb": gb}
     print("{config}: {n_layers} layers, {dtype}, {gpus} x {device}, torch {torch}, drafts {mtp}".format(**about))
     print(f"{bench.parallel.sums}\n" if bench.parallel.sums else "")
     print(report(results))

@@ -159,8 +159,8 @@ def experts(
             if w2_scale is None:
                 torch.mm(h, w2[i].T, out=terms[:, i])
             else:
-                wide = torch.int64 if D % 4 == 0 else dtype  # copies take half as long, eight bytes at a time
-                terms.view(wide)[:, i] = linear(h, w2[i], w2_scale[i], scale_fmt).view(wide)
+                unit = torch.int64 if D % 4 == 0 else dtype  # copies take half as long, eight bytes at a time
+                terms.view(unit)[:, i] = linear(h, w2[i], w2_scale[i], scale_fmt).view(unit)
         P -= M * n_shared
         routed = torch.where(routing.tile_expert < E - n_shared, routing.tile_expert, -1)
         routing = routing._replace(tile_expert=routed)

@@ -416,6 +416,11 @@ class Tiles(NamedTuple):
     tma_w: bool = False
 
 
+def parts(slices: int, most: int) -> int:
+    """Into how many parts to cut `slices` of K, `most` at most, so that none is empty."""
+    return cdiv(slices, cdiv(slices, min(max(most, 1), slices)))
+
+
 def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wide: bool, grouped: bool) -> Tiles:
     """
     tokens: how many meet a weight, at most. m_tiles: tiles along them. slices: steps along K.
@@ -431,19 +436,19 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     wide_tiles = m_tiles * cdiv(N, 128)
     if gated and wide:
         programs = m_tiles * cdiv(N, 64)
-        return Tiles(block_m, 64, min(3, max(1, 300 // programs)), 4, 4 if programs <= 264 else 3, True)
-    if gated:  # more than three parts only until each multiprocessor has a program; none where the tiles are many
-        split = min(max(132 // wide_tiles, 3 if wide_tiles < 1200 else 1), slices)
-        return Tiles(block_m, 128, cdiv(slices, cdiv(slices, split)), 8, 3, True)
+        return Tiles(block_m, 64, parts(slices, min(3, 300 // programs)), 4, 4 if programs <= 264 else 3, True)
+    if gated:  # more than three parts only until each multiprocessor has a program; one where the tiles are many
+        most = max(132 // wide_tiles, min(3, (3600 if tokens <= 16 else 560) // wide_tiles))
+        return Tiles(block_m, 128, parts(slices, most), 8, 3, True)
     if grouped and wide:
         return Tiles(block_m, 64, 1, 4, 8 if wide_tiles < 600 else 4, True)
     if grouped:
         return Tiles(block_m, 128, 1, 4, 3, True)
     if wide_tiles < 20 or (wide_tiles < 100 and slices <= 16):
-        split = min(max(1, 240 // (m_tiles * cdiv(N, 64))), max(1, slices // (8 if wide else 3)))
-        return Tiles(block_m, 64, cdiv(slices, cdiv(slices, split)), 4, 6 if wide else 5, True)
-    split = min(max(1, 240 // wide_tiles), max(1, slices // 8))
-    return Tiles(block_m, 128, cdiv(slices, cdiv(slices, split)), 8 if 2 < tokens <= 16 else 4, 4, True)
+        split = parts(slices, min(240 // (m_tiles * cdiv(N, 64)), slices // (8 if wide else 3)))
+        return Tiles(block_m, 64, split, 4, 6 if wide else 5, True)
+    split = parts(slices, min(240 // wide_tiles, slices // 8))
+    return Tiles(block_m, 128, split, 8 if 2 < tokens <= 16 else 4, 4, True)
 
 
 def medium_tiles(N: int, slices: int) -> Tiles:
@@ -452,8 +457,7 @@ def medium_tiles(N: int, slices: int) -> Tiles:
     -> 12.5 us for 24576 x 1536, 47.2 -> 41.7 us for 7168 x 16384, 18.3 -> 12.7 us for 2176 x 7168.
     """
     block_n, programs = (128, 240) if N >= 4096 and slices >= 64 else (64, 150)
-    split = max(1, programs // cdiv(N, block_n))
-    return Tiles(64, block_n, cdiv(slices, cdiv(slices, split)), 4, 4, False)
+    return Tiles(64, block_n, parts(slices, programs // cdiv(N, block_n)), 4, 4, False)
 
 
 def launch_gemm(

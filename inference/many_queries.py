@@ -51,7 +51,7 @@ def copy(tiles, keys, c_desc, r_desc, row):
     SIDE: gl.constexpr = c_bufs.type.shape[1]
     HALF: gl.constexpr = c_bufs.type.shape[2]
     R: gl.constexpr = r_bufs.type.shape[2]
-    owner, phase = 0, 1
+    owner, phase = 0, 1  # all places begin empty
     for tile in range(first, end):
         t = seen - (tile + 1) * SIDE
         for i in gl.static_range(2):
@@ -103,7 +103,7 @@ def take(tiles, handed, group: gl.constexpr, phase, m, total, acc):
     mbarrier.wait(ready.index(1 - group), phase)
     m_new = m_bufs.index(1 - group).load(m.type.layout)
     alpha = gl.exp2(m - m_new)
-    acc = warpgroup_mma_wait(3, deps=[acc])  # tells the assembler that only scores are on their way: it would wait
+    acc = warpgroup_mma_wait(3, deps=[acc])  # else the assembler takes acc for in use, and waits for the scores too
     acc *= gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
     adding = warpgroup_mma(r_bufs.index(1 - group), c_bufs.index(2 - group), acc, is_async=True)
     return m_new, total * alpha, adding
@@ -114,8 +114,8 @@ def attend(given, group: gl.constexpr, MERGE: gl.constexpr):
     """
     The part of a group of warps. The second one's scores are on their way while it takes up the first one's tile.
 
-    A group hands on m, or weights, only after it has taken the other's: so the other's place for them is free again,
-    and nothing else need be waited for.
+    A group hands on m only after it has read the other's, whose place is then free again. Weights give theirs back
+    through `empty`, as the keys that follow there do.
     """
     asked, tiles, handed, ends, queries, keys, positions, out, scale = given
     q_bufs, q_r = asked
@@ -182,13 +182,13 @@ def attend(given, group: gl.constexpr, MERGE: gl.constexpr):
         adding = warpgroup_mma(gl.convert_layout(weights, p_layout), c_bufs.index(3 * group), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(empty.index(3 * group), count=1)
-        if group == 0:  # noqa: SIM102
+        if group == 0:  # noqa: SIM102, only this is known to the compiler
             if tile + 1 < end:
                 m, total, adding = take(tiles, handed, group, phase, m, total, acc)
                 acc = warpgroup_mma_wait(0, deps=[adding])
                 mbarrier.arrive(empty.index(2), count=1)
         phase ^= 1
-    if group == 1:  # noqa: SIM102
+    if group == 1:  # noqa: SIM102, as above
         if (end - first) % 2 == 1:
             m, total, adding = take(tiles, handed, group, phase, m, total, acc)
             acc = warpgroup_mma_wait(0, deps=[adding])

@@ -1,5 +1,5 @@
 """
-Run a script with more ranks than there are GPUs: `torchrun --nproc-per-node 8 crowded.py SCRIPT ARGUMENT...`.
+Scripts on several ranks, or on several that share one GPU: `torchrun --nproc-per-node 8 crowded.py SCRIPT ARGUMENT...`.
 
 NCCL does not join ranks that share a GPU. Gloo joins them here, symmetric memory is told to allow it, and what small
 tensors would go through NCCL inside a CUDA graph goes through symmetric memory too; large sums go by the CPU. Slow, as
@@ -8,8 +8,10 @@ ranks that wait for each other take turns on the GPU; what is computed is what a
 
 from __future__ import annotations
 
+import itertools
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +22,20 @@ import parallel
 from gpu import cdiv
 
 
+def run_ranks(n: int, script: str, *arguments: object) -> str:
+    """What `n` ranks of a script print. They share a GPU where GPUs are too few, or cannot read each other's memory."""
+    pairs = itertools.permutations(range(min(n, torch.cuda.device_count())), 2)
+    crowded = torch.cuda.device_count() < n or not all(itertools.starmap(torch.cuda.can_device_access_peer, pairs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    command += [__file__] * crowded + [script, *map(str, arguments)]
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
 def sum_exactly(ranks: parallel.Parallel, x: torch.Tensor) -> torch.Tensor:
-    """Of whole numbers or of one rank's only, through symmetric memory; fp32 holds a token's id."""
+    """Of whole numbers below 2^24, such as tokens, or where only one rank's is not 0: through symmetric memory."""
     total = torch.zeros(4 * cdiv(x.numel(), 4), dtype=torch.float32, device=x.device)
     total[: x.numel()] = x.flatten()
     assert ranks.symmetric.takes(total), x.shape
@@ -59,7 +73,7 @@ def main() -> None:
     init_process_group, set_device = dist.init_process_group, torch.cuda.set_device
     dist.init_process_group = lambda backend: init_process_group("gloo")
     dist.all_reduce, dist.all_gather = all_reduce_by_cpu, all_gather_by_cpu
-    torch.cuda.set_device = lambda i: set_device(i % torch.cuda.device_count())
+    torch.cuda.set_device = lambda _: set_device(0)
     torch.cuda.can_device_access_peer = lambda *_: True
     parallel.Parallel.all_gather, parallel.Parallel.broadcast = all_gather, broadcast
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"

@@ -258,7 +258,8 @@ def test_one_rank_alone(run, config):
     assert code == 0, err
     assert "rank 0 of 2 alone: no sums over the ranks" in out
     found = json.loads(out.splitlines()[-1])
-    assert found["gpus"] == 1 and [case["case"] for case in found["cases"]] == ["decode 2 x 20", "prefill 2 x 24"]
+    assert (found["gpus"], found["alone_of"]) == (1, 2)
+    assert [case["case"] for case in found["cases"]] == ["decode 2 x 20", "prefill 2 x 24"]
     code, out, err = run("--config", config, *argv[:-2])
     assert found["weights_gb"] < 0.6 * json.loads(out.splitlines()[-1])["weights_gb"], "half, and what all ranks have"
 
@@ -317,6 +318,7 @@ BAD = {
     "no case": (["--config", "CONFIG", "--dummy-weights", "--batch-size", "--prefill"], "nothing to time"),
     "drafts": (["--config", "CONFIG", "--dummy-weights", "--mtp", -1], "--mtp -1: wanted 0 to 16"),
     "one rank of a checkpoint": (["--ckpt-path", "nowhere", "--alone-of", 2], "--alone-of is for dummy weights"),
+    "one rank of one": (["--config", "CONFIG", "--dummy-weights", "--alone-of", 1], "one rank is alone without it"),
     "one rank of too many": (["--config", "CONFIG", "--dummy-weights", "--alone-of", 3], "over 3 ranks"),
     "acceptance": (["--config", "CONFIG", "--dummy-weights", "--mtp", 1, "--accept-rate", 2], "wanted 0 to 1"),
     "acceptance without drafts": (["--config", "CONFIG", "--dummy-weights", "--accept-rate", 0.5], "and --mtp"),

@@ -1,14 +1,11 @@
 """
-Sums through symmetric memory: on GPUs against NCCL's inputs added in fp32, by `torchrun test_symmetric.py`; on a CPU,
-when they are used at all.
+Sums through symmetric memory: on GPUs against the ranks' terms added in fp64, by `torchrun test_symmetric.py`; on a
+CPU, when they are used at all.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +15,13 @@ import torch.distributed as dist
 
 import parallel
 from config import ModelArgs
+from crowded import run_ranks
 from dummy import fill_dummy
 from fused import add_rms_norm
 from model import Transformer
 from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, leave_ranks, share_memory
 
 ROOT = Path(__file__).parents[1]
-CROWDED = ROOT / "tests" / "crowded.py"
 TOKENS = (1, 2, 3, 7, 8, 9, 64, 65, 511, 512, 1170, 1171, 4096)
 DIM = 7168
 ODD = ((1,), (8,), (5, 3, 8), (1023, 9), (129, 130), (3, 7, 1))  # of these some are left to NCCL
@@ -132,13 +129,7 @@ def rank_main() -> None:
 @pytest.mark.xdist_group("jobs")
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_sums_on_gpus(n):
-    """Ranks share GPUs where there are fewer."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    command += [str(CROWDED)] * (torch.cuda.device_count() < n) + [__file__]
-    path = os.pathsep.join([str(Path(parallel.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"PYTHONPATH": path})
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("through shared GPU memory") == n
+    assert run_ranks(n, __file__).count("through shared GPU memory") == n
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
