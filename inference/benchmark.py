@@ -119,7 +119,7 @@ def build(options: argparse.Namespace) -> Bench:
     start = time.perf_counter()
     in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))
     rows = max([*options.batch_size, *(rows for rows, _ in options.prefill)])
-    sizes = {"max_batch_size": rows, "max_seq_len": 2, "chunk": options.prefill_chunk}
+    sizes = {"max_batch_size": rows, "max_seq_len": 2, "chunk": options.prefill_chunk, "drafts": options.mtp}
     model, needs = allocate(in_memory, parallel, device, **sizes)
     bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)
     bench.synchronize()

@@ -126,17 +126,19 @@ def padding_bytes(args: ModelArgs, mp: int) -> int:
     return (args.n_layers + args.n_mtp_layers) * padding * args.dim
 
 
-def workspace_bytes(args: ModelArgs, world_size: int, max_batch_size: int, max_seq_len: int, chunk: int) -> int:
+def workspace_bytes(
+    args: ModelArgs, world_size: int, max_batch_size: int, max_seq_len: int, chunk: int, drafts: int
+) -> int:
     """
     Activations of the largest prefill pass: some 8 vectors of `dim` for each of `chunk` tokens; for each expert that
     it chose the token itself, the expert's term and 3 vectors of an expert's width; expanded keys and values of as many
-    tokens as one pass sees; and what sampling makes of each row's logits, with or without drafts.
+    tokens as one pass sees; and what sampling makes of each row's logits, of the next token and after each draft.
     """
     heads = args.n_heads // world_size
     choices = args.n_activated_experts + args.n_shared_experts
     tokens = chunk * (16 * args.dim + choices * (4 * args.dim + 6 * args.moe_inter_dim // world_size))
     keys = 2 * max(chunk, max_seq_len) * heads * (args.qk_head_dim + args.v_head_dim) * 2
-    return tokens + keys + SAMPLING_BYTES * max_batch_size * (1 + (args.n_mtp_layers > 0)) * args.vocab_size
+    return tokens + keys + SAMPLING_BYTES * max_batch_size * (1 + drafts) * args.vocab_size
 
 
 def memory(
@@ -147,11 +149,16 @@ def memory(
     max_batch_size: int,
     max_seq_len: int,
     chunk: int = PREFILL_CHUNK,
+    drafts: int | None = None,
 ) -> Memory:
-    """What a rank of `mp` needs to run a model of these args, whose `dtype` is that of the weights in memory."""
+    """
+    What a rank of `mp` needs to run a model of these args, whose `dtype` is that of the weights in memory. drafts: by
+    default as many as there are MTP modules.
+    """
+    drafts = args.n_mtp_layers if drafts is None else drafts
     weights = sum(part.nbytes for part in weight_parts(args, mp, expert_parallel).values()) + padding_bytes(args, mp)
     cache = cache_bytes(args, args.n_layers + args.n_mtp_layers, max_batch_size, max_seq_len)
-    return Memory(weights, cache, workspace_bytes(args, mp, max_batch_size, max_seq_len, chunk))
+    return Memory(weights, cache, workspace_bytes(args, mp, max_batch_size, max_seq_len, chunk, drafts))
 
 
 # --- disk -------------------------------------------------------------------------------------------------------------

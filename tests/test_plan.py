@@ -138,7 +138,8 @@ def check_memory_of_model(args: ModelArgs, mp: int, expert_parallel: bool) -> No
     assert needs.total == needs.weights + needs.cache + needs.workspace
 
 
-def test_generate_refuses_by_the_same_figures(small, monkeypatch):
+@pytest.mark.parametrize("mtp", [None, 3])
+def test_generate_refuses_by_the_same_figures(small, monkeypatch, mtp):
     class Asked(Exception):
         pass
 
@@ -147,9 +148,11 @@ def test_generate_refuses_by_the_same_figures(small, monkeypatch):
 
     monkeypatch.setattr(llm, "check_memory", check_memory)
     with pytest.raises(Asked) as asked:
-        llm.LLM(small, device="cpu", gemm="fp8", max_batch_size=3, max_seq_len=100)
-    needs = plan.memory(ModelArgs.load(small / "config.json"), max_batch_size=3, max_seq_len=100)
-    assert asked.value.args == (needs.weights, needs.cache, needs.workspace)
+        llm.LLM(small, device="cpu", gemm="fp8", max_batch_size=3, max_seq_len=100, mtp=mtp)
+    args = ModelArgs.load(small / "config.json")
+    needs = plan.memory(args, max_batch_size=3, max_seq_len=100)
+    more = ((mtp or 1) - 1) * plan.SAMPLING_BYTES * 3 * args.vocab_size  # a draft has logits each
+    assert args.n_mtp_layers == 1 and asked.value.args == (needs.weights, needs.cache, needs.workspace + more)
 
 
 # --- against files ----------------------------------------------------------------------------------------------------
