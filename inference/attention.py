@@ -356,12 +356,11 @@ def launch_latent(
     out = q.new_empty(B, S, H, C)
     parts = out if splits == 1 else q.new_empty(B, splits, S * H, C, dtype=torch.float32)
     lse = None if splits == 1 else q.new_empty(B, splits, S * H, dtype=torch.float32)
-    grid = cdiv(S * H, config.block_m), splits, B
     positions, scale = positions.contiguous(), scale * LOG2_E
     if config.many:
         launch_many_queries(q, cache, rows, positions, scale, C, parts, lse)
     else:
-        latent_attention_kernel[grid](
+        latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
             q, cache, rows, positions, parts, lse, S, H, cache.shape[1], scale, *q.stride()[:3], *cache.stride()[:2],
             C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SWAP=config.swap,
             MERGE=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl,

@@ -41,7 +41,7 @@ from config import GEMMS, MAX_DRAFTS, ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
 from errors import Arguments, InputError, is_first, positive, run_command
-from fused import add_rms_norm, argmax, sum_terms
+from fused import add_rms_norm, argmax
 from llm import allocate, weights_in_memory
 from model import Gate, Transformer
 from parallel import Parallel, choose_device, join_ranks, leave_ranks
@@ -59,9 +59,6 @@ class LoneRank(Parallel):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
-
-    def sum_terms(self, terms: torch.Tensor) -> torch.Tensor:
-        return sum_terms(terms) if terms.dim() == 3 else terms
 
     def add_rms_norm(self, x, terms, weight, eps, half, **options: Any):
         return add_rms_norm(x, terms, weight, eps, **options)

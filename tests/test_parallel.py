@@ -2,8 +2,8 @@
 The model split over processes (gloo, on the CPU) against the same model in one.
 
 All of it runs in one set of four processes, as starting them costs more than what they compute: first as four ranks,
-then as two pairs, of which one splits each expert and the other deals out whole ones. On GPUs each rank runs
-this file.
+then as two pairs, of which one splits each expert and the other deals out whole ones. On GPUs each rank
+runs this file.
 """
 
 from __future__ import annotations
@@ -303,7 +303,8 @@ def test_split_over_gpus_equals_whole(on_one_gpu, n):
                 assert error(view["fp32"][name], wanted["fp32"][name]) < 1e-5
                 cosine = torch.cosine_similarity(view["bf16"][name], wanted["bf16"][name], dim=-1).median()
                 assert cosine > 0.998, name
-                # FP8 magnifies every rounding on its way to the MTP module: no further off than the whole model is.
+                # FP8 magnifies every rounding on its way to the MTP module: no further off than the whole model is. By
+                # the references it is 0.88 to 0.99 as far.
                 whole, split = (error(x["fp8"][name], wanted["exact"][name]) for x in (wanted, view))
                 assert split < 1.1 * whole, (name, split, whole)
 
