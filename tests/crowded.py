@@ -29,7 +29,7 @@ def run_ranks(n: int, script: str, *arguments: object) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     command += [__file__] * crowded + [script, *map(str, arguments)]
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ | {"PYTHONPATH": path})
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 
