@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +63,14 @@ def read_prompts(path: str) -> list[Item]:
         prompts += [{"prompt": line} for line in read_text(Path(path)) if line.strip()]
     else:
         for where, item in read_lines(Path(path)):
+            if len(item) > 1:
+                other = next(key for key in item if key not in ("prompt", "messages"))
+                raise InputError(f'{where}: {json.dumps(other)} is not known; a line has "prompt" or "messages" alone')
             if "messages" in item:
-                prompts.append({"messages": check_messages(item["messages"], where)})
-            elif isinstance(item["prompt"], str) and item["prompt"]:
-                prompts.append({"prompt": item["prompt"]})
-            else:
-                raise InputError(f'{where}: "prompt" should be text')
+                check_messages(item["messages"], where)
+            elif not isinstance(item["prompt"], str) or not item["prompt"]:
+                raise InputError(f'{where}: "prompt" should be text, and some')
+            prompts.append(item)
     if not prompts:
         raise InputError(f"--input-file {path}: no prompts in it")
     return prompts
@@ -77,11 +82,15 @@ def read_prompts(path: str) -> list[Item]:
 class Results:
     """
     The JSON lines of --output-file. Each is added to FILE.incomplete as soon as its prompt is finished; at the end they
-    are sorted and FILE takes its place, so that FILE is always whole, and a killed job loses nothing.
+    are sorted and FILE takes its place, so that FILE is always whole, and a killed job loses nothing. FILE.incomplete
+    is locked for the time of the job.
     """
 
     def __init__(self, path: str | None, input_file: Path, prompts: list[Item], resume: bool):
-        """Raises InputError when nothing could be written there, or `resume` finds results of other prompts."""
+        """
+        Raises InputError when nothing could be written there, another job does, or `resume` finds results of other
+        prompts.
+        """
         # What a link points to is replaced, not the link.
         self.path = None if path is None else Path(os.path.realpath(path))
         self.done: dict[int, Item] = {}
@@ -100,24 +109,31 @@ class Results:
             raise InputError(f"--output-file {path}: {error.strerror}") from None
         if Path(os.path.realpath(input_file)) in files:
             raise InputError(f"--output-file {path}: it would overwrite --input-file {input_file}")
-        self.resumed = resume
-        source = self.partial if self.partial.exists() else self.path  # FILE may be an earlier job's then
-        if resume and source.exists():
-            self._read(source, prompts)
+        self.file = self._open(self.partial) if self.partial.exists() else None
+        self.source = (self.partial if self.file else self.path) if resume else None
+        self.earlier = self.path.exists() and self.source != self.path  # results of a job before this one
+        if self.source is not None and self.source.exists():
+            self._read(self.source, prompts)
 
-    def begin(self) -> None:
-        """From here on FILE.incomplete is this job's: it holds what is resumed, or nothing yet."""
-        if self.path is None or (self.resumed and self.partial.exists()):
-            return
-        if self.done:
-            self._write(self.ordered, [self.done[i] for i in sorted(self.done)], "w", rename=self.partial)
-        else:
-            self._write(self.partial, [], "w")
+    def _open(self, path: Path) -> FileIO:
+        """`path` to add to, unbuffered. Raises InputError when it cannot be opened, or another job has it."""
+        try:
+            file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open
+        except OSError as error:
+            raise InputError(f"--output-file {self.path}: {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--output-file {self.path}: another job is writing {path}") from None
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def _read(self, path: Path, prompts: list[Item]) -> None:
         if path == self.partial:  # a killed job leaves its last line torn, maybe amid a character
-            lines = path.read_bytes()
-            path.write_bytes(lines[: lines.rfind(b"\n") + 1])
+            with self._writing():
+                lines = path.read_bytes()
+                os.truncate(path, lines.rfind(b"\n") + 1)
         for where, item in read_lines(path):
             index = item.get("index")
             known = type(index) is int and 0 <= index < len(prompts)
@@ -126,23 +142,51 @@ class Results:
                 raise InputError(f"--resume: {where} is no result of this input file")
             self.done[index] = item
 
+    def begin(self) -> None:
+        """From here on FILE.incomplete is this job's: it holds what is resumed, or nothing yet."""
+        if self.path is None:
+            return
+        self.file = self.file or self._open(self.partial)
+        with self._writing():
+            if self.source == self.path:
+                self.file = self._open(self.ordered)
+                self.file.truncate(0)
+                self._write(self.file, self._in_order())
+                os.replace(self.ordered, self.partial)
+            elif self.source is None:
+                self.file.truncate(0)
+
     def add(self, index: int, item: Item) -> None:
         self.done[index] = item
         if self.path is not None:
-            self._write(self.partial, [item], "a")
+            with self._writing():
+                self._write(self.file, [item])
 
-    def finish(self) -> None:
-        """Put the results in order and in their place."""
-        if self.path is not None:
-            self._write(self.ordered, [self.done[i] for i in sorted(self.done)], "w", rename=self.path)
+    def finish(self, interrupted: bool) -> None:
+        """
+        Put the results in order and in their place. Those of an interrupted job do not take the place of an earlier
+        one's.
+        """
+        if self.path is None or (interrupted and self.earlier):
+            return
+        with self._writing():
+            with open(self.ordered, "wb", buffering=0) as file:
+                self._write(file, self._in_order())
+            os.replace(self.ordered, self.path)
             self.partial.unlink(missing_ok=True)
 
-    def _write(self, path: Path, items: list[Item], mode: str, rename: Path | None = None) -> None:
+    def _in_order(self) -> list[Item]:
+        return [self.done[index] for index in sorted(self.done)]
+
+    def _write(self, file: FileIO, items: list[Item]) -> None:
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items).encode()
+        while lines:
+            lines = lines[file.write(lines) :]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with open(path, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-            if rename:
-                os.replace(path, rename)
+            yield
         except OSError as error:
             kept = f"what is finished is in {self.partial}, and --resume goes on"
             raise InputError(f"--output-file {self.path}: {error.strerror}; {kept}") from None
@@ -179,11 +223,12 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
         raise InputError(f"--resume --logprobs: results in {args.output_file} are without; leave --resume out")
     checkpoint, tokenizer = Checkpoint(args.ckpt_path, args.config), load_tokenizer(args.ckpt_path)
     model_args = checkpoint.args
-    ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in prompts]
+    shown = tqdm(prompts, desc="tokens", leave=False, delay=1, disable=not first)
+    ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in shown]
     max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
     rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
     for number, prompt in enumerate(ids, 1):
-        check_ids(prompt, model_args.vocab_size, max_seq_len, f"{args.input_file}: prompt {number}")
+        check_ids(prompt, model_args, max_seq_len, f"{args.input_file}: prompt {number}")
     llm = load(args, checkpoint, tokenizer, max_batch_size=rows, max_seq_len=max_seq_len)
     done = llm.parallel.broadcast_object(set(results.done))  # one answer for all ranks
     requests = [Request(prompt, params, index) for index, prompt in enumerate(ids) if index not in done]
@@ -204,8 +249,9 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
                         bar.write(f"Prompt: {asked}\nCompletion: {item['completion']}\n")
     finally:
         signal.signal(signal.SIGINT, previous)
+    interrupted = any(request.finish_reason == "interrupted" for request in requests)
     if first:
-        results.finish()
+        results.finish(interrupted)
         print(f"[{status(llm.stats, requests, time.perf_counter() - start)}]", file=sys.stderr)
-    if any(request.finish_reason == "interrupted" for request in requests):
+    if interrupted:
         raise KeyboardInterrupt(f"{len(results.done)} of {len(prompts)} prompts are finished; --resume goes on")

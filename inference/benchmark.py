@@ -21,6 +21,11 @@ import time
 
 STARTED = time.perf_counter()
 
+from errors import Arguments, InputError, interrupts_end_it, is_first, positive, run_command
+
+if __name__ == "__main__":
+    interrupts_end_it()
+
 import argparse
 import json
 import re
@@ -40,7 +45,6 @@ from checkpoint import Checkpoint, check_split, load_model
 from config import GEMMS, MAX_DRAFTS, ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
-from errors import Arguments, InputError, is_first, positive, run_command
 from fused import add_rms_norm, argmax
 from llm import allocate, weights_in_memory
 from model import Gate, Transformer
@@ -115,8 +119,9 @@ def build(options: argparse.Namespace) -> Bench:
     check_split(args, parallel.world_size, parallel.expert_parallel)
     start = time.perf_counter()
     in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))
-    rows = max([*options.batch_size, *(rows for rows, _ in options.prefill)])
-    sizes = {"max_batch_size": rows, "max_seq_len": 2, "chunk": options.prefill_chunk, "drafts": options.mtp}
+    rows, length = largest_case(options, args)
+    chunk = min(options.prefill_chunk, rows * length)
+    sizes = {"max_batch_size": rows, "max_seq_len": length, "chunk": chunk, "drafts": options.mtp}
     model, needs = allocate(in_memory, parallel, device, **sizes)
     bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)
     bench.synchronize()
@@ -128,6 +133,25 @@ def build(options: argparse.Namespace) -> Bench:
     bench.synchronize()
     startup["weights"] = time.perf_counter() - start
     return bench
+
+
+def decode_length(options: argparse.Namespace, length: int) -> int:
+    """Tokens of a row of the cache for decoding at `length`: with those of all steps."""
+    return length + (WARM_STEPS + options.steps + 4) * (1 + options.mtp)
+
+
+def largest_case(options: argparse.Namespace, args: ModelArgs) -> tuple[int, int]:
+    """Rows and tokens of the case whose cache is the largest. Raises InputError for one that the model cannot have."""
+    cases = [("--prefill", rows, length + 1) for rows, length in options.prefill]
+    if options.batch_size:
+        lengths = [decode_length(options, length) for length in options.prompt_len]
+        cases += [("--prompt-len, with --steps,", max(options.batch_size), length) for length in lengths]
+    for flag, _, needed in cases:
+        if needed > min(args.max_seq_len, options.max_seq_len or needed):
+            allowed = f"--max-seq-len is {options.max_seq_len} and " if options.max_seq_len else ""
+            raise InputError(f"{flag} needs {needed} tokens; {allowed}the model has {args.max_seq_len} positions")
+    _, rows, length = max(cases, key=lambda case: case[1] * case[2])
+    return rows, options.max_seq_len or length
 
 
 def prompts(bench: Bench, rows: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -145,14 +169,9 @@ def requests(bench: Bench, rows: int, length: int, max_tokens: int) -> list[Requ
 def make_engine(bench: Bench, rows: int, length: int) -> Engine:
     """An engine for so many rows of at most so many tokens, prompt and completion."""
     options = bench.options
-    max_seq_len = options.max_seq_len or length
-    if max_seq_len < length:
-        raise InputError(f"--max-seq-len {max_seq_len}: the cases need {length}")
-    if length > bench.args.max_seq_len:
-        raise InputError(f"a case needs {length} tokens; the model has {bench.args.max_seq_len} positions")
     rule = verify if options.accept_rate is None else accepting(options.accept_rate)
     settings = {"prefill_chunk": options.prefill_chunk, "cuda_graph": options.cuda_graph, "verify": rule}
-    return Engine(bench.model, rows, max_seq_len, n_drafts=options.mtp, **settings)
+    return Engine(bench.model, rows, options.max_seq_len or length, n_drafts=options.mtp, **settings)
 
 
 def accepting(rate: float) -> Callable:
@@ -279,6 +298,8 @@ class Result:
 
 def result(bench: Bench, case: str, seconds: float, floor: float, **more: Any) -> Result:
     """With the floor and the peers' figures where they are known: on a GPU, by peers.json."""
+    if is_first():
+        print(f"{case}: {seconds * 1e3:.2f} ms", file=sys.stderr, flush=True)
     if not bench.on_gpu:
         return Result(case, seconds * 1e3, **more)
     more |= {"floor_ms": floor * 1e3, "over_floor": seconds / floor}
@@ -429,6 +450,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--alone-of 1: one rank is alone without it")
     if not 0 <= options.mtp <= MAX_DRAFTS:
         raise InputError(f"--mtp {options.mtp}: wanted 0 to {MAX_DRAFTS}")
+    if options.profile and (options.profile.is_dir() or not options.profile.parent.is_dir()):
+        raise InputError(f"--profile {options.profile}: not a file that could be written")
     if options.accept_rate is not None and not (0 <= options.accept_rate <= 1 and options.mtp):
         raise InputError(f"--accept-rate {options.accept_rate}: wanted 0 to 1, and --mtp")
     return options
@@ -442,9 +465,8 @@ def main() -> None:
     bench = build(options)
     results, engine = [], None
     for length in options.prompt_len if options.batch_size else []:
-        room = (WARM_STEPS + options.steps + 4) * (1 + options.mtp)
         engine = None  # its cache goes before the next one's comes
-        engine = make_engine(bench, max(options.batch_size), length + room)
+        engine = make_engine(bench, max(options.batch_size), decode_length(options, length))
         if not results:
             start_up(bench, engine, options.batch_size[0], length)
         results += [run_decode(bench, engine, rows, length) for rows in options.batch_size]

@@ -11,6 +11,11 @@ two, as V3.1 has them. Run again after an interruption, it goes on where it stop
 
 from __future__ import annotations
 
+from errors import Arguments, InputError, interrupts_end_it, run_command
+
+if __name__ == "__main__":
+    interrupts_end_it()
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +24,6 @@ import torch
 from checkpoint import tensor_specs
 from config import BLOCK_SIZE
 from conversion import Piece, Reader, open_hf
-from errors import Arguments, InputError, run_command
 from fp8_cast_bf16 import SCALE, cast_folder, dequantise
 from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
 from parallel import choose_device

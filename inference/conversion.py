@@ -132,6 +132,8 @@ class Conversion:
         assert stored == self.outcomes.keys(), "a tensor of the input is not accounted for"
         self.outputs = {name: OutputFile(self.target / name, *what) for name, what in self.files.items()}
         self.total = sum(file.size for file in self.outputs.values())
+        with reporting(self.source, "cannot be read"):
+            self.companions = companions(self.source)
         self.results: list[Any] = []
         self.done = 0
         self.unnoted: set[OutputFile] = set()
@@ -219,7 +221,7 @@ class Conversion:
             if entries and JOURNAL not in entries:
                 raise InputError(f"{self.target}: the output folder is not empty; choose another")
             needed = sum(file.missing() for file in self.outputs.values()) + len(self.config)
-            for path in companions(self.source):
+            for path in self.companions:
                 needed += path.stat().st_size
                 with reporting(path, "cannot be read"):
                     path.open("rb").close()
@@ -334,7 +336,7 @@ class Conversion:
 
     def _other_files(self) -> Iterator[tuple[str, bytes]]:
         """Names and contents of what goes with the weights, config.json last."""
-        for path in companions(self.source):
+        for path in self.companions:
             yield path.name, read_file(path)
         if self.indexed:
             weight_map = {name: file for file, (layout, _) in self.files.items() for name in layout.tensors}
@@ -368,7 +370,16 @@ class Conversion:
                 found.append(f"{name} has other tensors, types, shapes or metadata")
         if not found:
             found = self._different_tensors(written)
-        found += [name for name, data in self._other_files() if read_file(self.target / name) != data]
+        others = []
+        for name, data in self._other_files():
+            others.append(name)
+            if read_file(self.target / name) != data:
+                found.append(name)
+        listed = [line[66:] for line in read_file(self.target / SUMS_FILE).decode(errors="replace").splitlines()]
+        if listed != sorted([*self.files, *others]):
+            found.append(f"{SUMS_FILE} lists other files")
+        strays = {path.name for path in self.target.glob("*.safetensors")} - self.files.keys()
+        found += [f"{name} is of no use" for name in sorted(strays)]
         if found:
             raise problems(f"{self.target}: not what {self.source} becomes", found)
         self._summarise("verified", began, self.total)

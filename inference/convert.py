@@ -13,6 +13,11 @@ Run again after an interruption, either goes on where it stopped (see conversion
 
 from __future__ import annotations
 
+from errors import Arguments, InputError, interrupts_end_it, positive, run_command
+
+if __name__ == "__main__":
+    interrupts_end_it()
+
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +37,6 @@ from checkpoint import (
     tensor_specs,
 )
 from conversion import Conversion, Piece, Reader, cut, open_hf, same_bits
-from errors import Arguments, InputError, positive, run_command
 from output import Target, read_file
 from safetensors_io import Layout, StoredTensor, Tensors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError
@@ -40,17 +41,29 @@ def is_first() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def interrupts_end_it() -> None:
+    """Until run_command Ctrl-C ends the process at once: amid imports of seconds it would leave a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """
     Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; a rank that is gone -> one
     line, exit 1; the rest is a bug.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdin", "stdout", "stderr"):  # closed by whoever started us: no file of ours shall get its number
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if name != "stdin":  # there is no reading that
+                setattr(sys, name, os.fdopen(null, "w"))
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what a terminal cannot
         main()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a reader that is gone can be dealt with
+        sys.stdout.flush()  # here, where a reader that is gone can be dealt with
     except InputError as error:
         if not is_first():
             time.sleep(1)  # most errors occur on every rank: rank 0 tells, and torchrun ends the others meanwhile
@@ -66,7 +79,7 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
         sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

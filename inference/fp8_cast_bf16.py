@@ -10,6 +10,11 @@ keep their names and their tensors. Run again after an interruption, it goes on 
 
 from __future__ import annotations
 
+from errors import Arguments, InputError, interrupts_end_it, run_command
+
+if __name__ == "__main__":
+    interrupts_end_it()
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,6 @@ import torch
 from checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from config import BLOCK_SIZE, ModelArgs, read_json
 from conversion import Conversion, Piece, Reader, cut, open_hf
-from errors import Arguments, InputError, run_command
 from gpu import cdiv
 from kernel import weight_dequant
 from output import Target, to_json
@@ -75,6 +79,8 @@ def cast_folder(
     quantization_config, or none. Returns the pieces with what `compute` said of each.
     """
     config = read_json(checkpoint.path / CONFIG_FILE)
+    if not {"model_type", "architectures"} & config.keys():
+        raise InputError(f"{checkpoint.path / CONFIG_FILE}: not Hugging Face's, which a folder to cast needs")
     config |= {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
     for key in ("quantization_config", "auto_map"):  # auto_map: transformers has the class itself
         config.pop(key, None)

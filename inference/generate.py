@@ -65,6 +65,9 @@ def parse_arguments() -> Namespace:
         parser.error("--output-file and --logprobs go with --input-file")
     if not args.output_file and (args.resume or args.logprobs is not None):
         parser.error("--resume and --logprobs go with --output-file")
+    for flag, text in (("--system", args.system or ""), ("--stop", "".join(args.stop))):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            parser.error(f"{flag}: not UTF-8 text")
     if args.mtp is not None and not 0 <= args.mtp <= MAX_DRAFTS:
         parser.error(f"--mtp: wanted 0 to {MAX_DRAFTS}")
     return args

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Integral
@@ -106,15 +106,16 @@ class LLM:
         args = checkpoint.args
         self.tokenizer = load_tokenizer(checkpoint.path) if tokenizer is None else tokenizer
         self.stop_ids = stop_ids(checkpoint.path, self.tokenizer)
-        self.max_seq_len = cache_length(args, max_seq_len)
         max_batch_size = args.max_batch_size if max_batch_size is None else max_batch_size
         for name, value, low, high in (
             ("max_batch_size", max_batch_size, 1, 2**31),
+            ("max_seq_len", 2 if max_seq_len is None else max_seq_len, 2, args.max_seq_len),
             ("prefill_chunk", prefill_chunk, 1, 2**31),
             ("mtp", mtp or 0, 0, MAX_DRAFTS),
         ):
             if type(value) is not int or not low <= value <= high:
                 raise InputError(f"--{name.replace('_', '-')} {value}: wanted {low} to {high}")
+        self.max_seq_len = cache_length(args, max_seq_len)
         if gemm not in GEMMS:
             raise InputError(f"--gemm {gemm}: wanted one of {', '.join(GEMMS)}")
         if mtp and not args.n_mtp_layers:
@@ -129,7 +130,7 @@ class LLM:
         # Modules that will not draft are not loaded.
         in_memory = replace(weights_in_memory(args, gemm, torch_device), n_mtp_layers=min(args.n_mtp_layers, n_drafts))
         sizes = {"max_batch_size": max_batch_size, "max_seq_len": self.max_seq_len}
-        sizes |= {"chunk": prefill_chunk, "drafts": n_drafts}
+        sizes |= {"chunk": min(prefill_chunk, max_batch_size * self.max_seq_len), "drafts": n_drafts}
         self.model, needs = allocate(in_memory, parallel, torch_device, **sizes)
         if verbose and parallel.rank == 0:
             total = sum(math.prod(spec.shape) for spec in tensor_specs(args).values() if not spec.is_scale)
@@ -154,23 +155,29 @@ class LLM:
 
     def encode(self, prompt: Prompt, system: str | None = None) -> list[int]:
         """Token ids of a prompt, of a conversation, or as they are. Raises InputError for one that cannot be run."""
-        prompt = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of torch's or NumPy's
         if isinstance(prompt, str):
             ids = encode(self.tokenizer, prompt, system)
         elif prompt and isinstance(prompt[0], dict):
             ids = encode(self.tokenizer, check_messages(prompt, "messages"), system)
         else:
             ids = list(prompt)
-        check_ids(ids, self.model.args.vocab_size, self.max_seq_len)
+        check_ids(ids, self.model.args, self.max_seq_len)
         return ids
 
     def run(
-        self, requests: Sequence[Request], interrupted: Callable[[], bool] = lambda: False
+        self, requests: Iterable[Request], interrupted: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[Request, str]]:
         """
         Decode all requests; yields (request, a piece of its text) as they come, finish_reason being set with the last.
-        A request ends before its first stop string. `interrupted`: see Engine.run.
+        A request ends before its first stop string. `interrupted`: see Engine.run. Raises InputError for a prompt that
+        cannot be run, and a request that has been.
         """
+        requests = list(requests)
+        for n, request in enumerate(requests):
+            check_ids(request.prompt, self.model.args, self.max_seq_len, f"prompt {n}")
+        if any(r.tokens for r in requests) or len({id(r) for r in requests}) < len(requests):
+            raise InputError("a request is run once: make another for the same prompt")
         open_ = {id(r): (StreamDecoder(self.tokenizer), StopStrings(r.params.stop)) for r in requests}
         cut_off = ((r, []) for r in requests if id(r) in open_)  # once the engine is done: by an interrupt
         for request, tokens in chain(self.engine.run(requests, interrupted), cut_off):
@@ -203,6 +210,7 @@ class LLM:
         Complete one or several prompts, each a user's message, token ids or messages, in the order given. `params`: for
         all, or one for each.
         """
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral | dict)):
             prompts = [prompts]
         each = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
@@ -235,7 +243,7 @@ class LLM:
         Raises InputError for ids that the model or the cache cannot take.
         """
         ids = list(token_ids)
-        check_ids(ids, self.model.args.vocab_size, len(ids) + 1)
+        check_ids(ids, self.model.args, len(ids) + 1)
         if len(ids) > self.max_seq_len:
             raise InputError(f"{len(ids)} tokens are more than max_seq_len, {self.max_seq_len}")
         model, chunk = self.model, self.engine.prefill_chunk
@@ -256,17 +264,16 @@ def completion(request: Request) -> Completion:
     return Completion(request.text, request.tokens, len(request.prompt), reason, request.logprobs)
 
 
-def check_ids(ids: list[int], vocab_size: int, max_seq_len: int, where: str = "the prompt") -> None:
+def check_ids(ids: list[int], args: ModelArgs, max_seq_len: int, where: str = "the prompt") -> None:
     """Raises InputError, beginning with `where`, for ids that the model or the cache cannot take."""
     if not ids:
         raise InputError(f"{where} is empty")
-    if bad := [id for id in ids if not isinstance(id, Integral) or not 0 <= id < vocab_size]:
-        raise InputError(f"{where} has token {bad[0]}, outside the model's vocabulary of {vocab_size}")
+    if bad := [id for id in ids if not isinstance(id, Integral) or not 0 <= id < args.vocab_size]:
+        raise InputError(f"{where} has token {bad[0]}, outside the model's vocabulary of {args.vocab_size}")
     if len(ids) >= max_seq_len:
-        raise InputError(
-            f"{where} has {len(ids)} tokens and the cache holds {max_seq_len}, completion included; "
-            "shorten it or raise --max-seq-len"
-        )
+        advice = "shorten it or raise --max-seq-len" if max_seq_len < args.max_seq_len else "which is all the model has"
+        holds = f"the cache holds {max_seq_len}, completion included"
+        raise InputError(f"{where} has {len(ids)} tokens and {holds}; {advice}")
 
 
 def check_memory(weights: int, cache: int, workspace: int, device: torch.device) -> None:
@@ -278,5 +285,6 @@ def check_memory(weights: int, cache: int, workspace: int, device: torch.device)
         raise InputError(
             f"{device}: needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {cache / 1e9:.1f} cache, "
             f"{workspace / 1e9:.1f} workspace) and {free / 1e9:.1f} GB are {'free' if on_gpu else 'there'}; "
-            f"use {'more GPUs (torchrun --nproc-per-node), ' * on_gpu}a smaller --max-batch-size or --max-seq-len"
+            f"use {'more GPUs (torchrun --nproc-per-node), ' * on_gpu}a smaller --max-batch-size, --max-seq-len or "
+            "--prefill-chunk"
         )

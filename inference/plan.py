@@ -9,6 +9,11 @@ GB are 10^9 bytes. Every figure is of the tensors that checkpoint.py lists; gene
 
 from __future__ import annotations
 
+from errors import Arguments, InputError, interrupts_end_it, run_command
+
+if __name__ == "__main__":
+    interrupts_end_it()
+
 import argparse
 import functools
 import math
@@ -19,7 +24,6 @@ from typing import NamedTuple
 
 from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
 from config import BLOCK_SIZE, ModelArgs
-from errors import Arguments, InputError, run_command
 from gpu import cdiv
 from model import compute_dtype
 from parallel import Parallel
@@ -271,10 +275,12 @@ def in_units(count: int) -> str:
     return f"{count / 1e9:,.3f}" if count else ""
 
 
-def model_table(args: ModelArgs, mp: int, expert_parallel: bool, max_batch_size: int, max_seq_len: int) -> str:
+def model_table(
+    args: ModelArgs, mp: int, expert_parallel: bool, max_batch_size: int, max_seq_len: int, chunk: int
+) -> str:
     parts = {name: astuple(part) for name, part in weight_parts(args, mp, expert_parallel).items()}
     mtp = parts.pop("MTP")
-    needs = memory(args, mp, expert_parallel, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    needs = memory(args, mp, expert_parallel, max_batch_size=max_batch_size, max_seq_len=max_seq_len, chunk=chunk)
     cache = needs.cache, cache_bytes(args, args.n_layers, 1, max_seq_len)
     rows = [(name, *part) for name, part in parts.items() if any(part)]
     rows.append(("main model", *map(sum, zip(*parts.values(), strict=True))))
@@ -345,6 +351,7 @@ def main() -> None:
     check_split(model, mp, expert_parallel)
     max_seq_len = cache_length(model, options.max_seq_len)
     sizes = {"max_batch_size": options.max_batch_size or model.max_batch_size, "max_seq_len": max_seq_len}
+    sizes["chunk"] = min(PREFILL_CHUNK, sizes["max_batch_size"] * max_seq_len)
     how = ", whole experts each" if expert_parallel and mp > 1 else ""
     print(f"{options.config or options.ckpt_path}: {model.dtype} weights, {mp} rank{'s' * (mp > 1)}{how}\n", flush=True)
     print(model_table(model, mp, expert_parallel, **sizes))

@@ -52,16 +52,18 @@ class SamplingParams:
             value, number = getattr(self, name), {float: Real, int: Integral, int | None: Integral | None}.get(kind)
             if number and not isinstance(value, number):
                 raise InputError(f"{name} is {value!r}, wanted {'a' if number is Real else 'a whole'} number")
+            if kind is int:
+                object.__setattr__(self, name, int(value))  # NumPy's cannot hold what a seed becomes
         texts = type(self.stop) is tuple and all(type(s) is str and s for s in self.stop)
         for name, wrong, wanted in (
             ("temperature", not 0 <= self.temperature <= 100, "a number from 0 (greedy) to 100"),
             ("top_p", not 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("max_tokens", self.max_tokens < 1, "at least 1"),
             ("seed", not 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
-            ("top_k", self.top_k < 0, "0 (all tokens) or more"),
+            ("top_k", not 0 <= self.top_k < 2**31, "0 (all tokens) or more, below 2**31"),
             ("min_p", not 0 <= self.min_p < 1, "a number from 0 to less than 1"),
             ("repetition_penalty", not 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
-            ("stop", not texts, "a tuple of strings that are not empty"),
+            ("stop", not texts, "strings that are not empty"),
             ("logprobs", self.logprobs is not None and not 0 <= self.logprobs <= 100, "0 to 100 alternatives"),
         ):
             if wrong:

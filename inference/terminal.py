@@ -25,8 +25,21 @@ except ImportError:  # not on every system; then there is neither editing nor Ct
 
 CTRL_C = b"\x03"
 CTRL_D = b"\x04"
-NOT_TEXT = re.compile(rb"\x1b\[[0-9;]*[A-Za-z~]|[\x00-\x08\x0b-\x1f\x7f]")  # keys that edit or move
+ESCAPES = re.compile(rb"\x1b(\[[0-9;]*[A-Za-z~]|O.)")  # arrows and other keys that are no character
 HISTORY = Path(os.path.expanduser("~/.deepseek_v3_history"))
+
+
+def typed_text(keys: bytes) -> str:
+    """What a line of keys leaves behind, Backspace, Ctrl-U and Ctrl-C included."""
+    text: list[str] = []
+    for c in ESCAPES.sub(b"", keys).decode(errors="surrogateescape"):
+        if c in "\x7f\b":
+            del text[-1:]
+        elif c in "\x15\x03":
+            text.clear()
+        elif c >= " " or c == "\t":
+            text.append(c)
+    return "".join(text)
 
 
 class Terminal:
@@ -38,6 +51,8 @@ class Terminal:
         self.enabled = enabled
         self.typed = b""  # while an answer was being printed
         self.is_tty = enabled and termios is not None and sys.stdin.isatty()
+        self.edits = self.is_tty and sys.stdout is not None and sys.stdout.isatty()  # readline needs both
+        self.at_prompt = False
         self.signalled = False
 
     def __enter__(self) -> Terminal:
@@ -51,7 +66,7 @@ class Terminal:
             quiet = termios.tcgetattr(sys.stdin)
             quiet[6][termios.VINTR] = b"\0"  # no key interrupts; Ctrl-\ still ends a program that hangs
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-            self.at_prompt, self.answering = quiet, termios.tcgetattr(sys.stdin)
+            self.asking, self.answering = quiet, termios.tcgetattr(sys.stdin)
             self.answering[3] &= ~(termios.ICANON | termios.ECHO)
             readline.parse_and_bind(r'"\C-c": kill-whole-line')
             with contextlib.suppress(OSError):
@@ -69,24 +84,29 @@ class Terminal:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.signalled = True
+        if self.at_prompt and not self.is_tty:  # a pipe that nothing comes out of
+            raise KeyboardInterrupt
 
     def read_line(self) -> str | None:
         """The next line, stripped; None at the end of input."""
         if self.is_tty:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.at_prompt)
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.asking)
+        self.at_prompt = True
         try:
             line, end, rest = self.typed.partition(b"\n")
             if end:
-                line, self.typed = NOT_TEXT.sub(b"", line).decode(errors="surrogateescape"), rest
+                line, self.typed = typed_text(line), rest
                 print(f"> {line}")
             else:
-                if self.is_tty:
-                    typed, self.typed = self.typed, b""
-                    text = NOT_TEXT.sub(b"", typed).decode(errors="replace")
-                    if CTRL_D in typed and not text:  # after text it does nothing, as at the prompt
-                        raise EOFError
-                    readline.set_startup_hook(lambda: readline.insert_text(text))
-                line = input("> " if self.is_tty else "")
+                text, typed, self.typed = typed_text(self.typed), self.typed, b""
+                if CTRL_D in typed and not text:  # after text it does nothing, as at the prompt
+                    raise EOFError
+                if self.edits:
+                    readline.set_startup_hook(lambda: readline.insert_text(text.encode(errors="replace").decode()))
+                    line = input("> ")
+                else:
+                    line = input("> " + text if self.is_tty else "")
+                    line = typed_text((text + line).encode(errors="surrogateescape")) if self.is_tty else line
             line.encode()
         except EOFError:
             if self.is_tty:
@@ -96,7 +116,7 @@ class Terminal:
             self.note("that line is not UTF-8 text")
             return ""
         finally:
-            self.signalled = False  # at the prompt there was nothing to interrupt
+            self.at_prompt = self.signalled = False  # at the prompt there was nothing to interrupt
         if self.is_tty:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.answering)
         return line.strip()

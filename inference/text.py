@@ -95,7 +95,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str | list[Message], syst
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat_template; only plain prompts work with this checkpoint")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if system and messages[0]["role"] != "system":
+    if system and all(message["role"] != "system" for message in messages):
         messages = [{"role": "system", "content": system}, *messages]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from batch import Results
+from batch import Results, read_prompts
 from checkpoints import make_hf
 from engine import Request
 from errors import InputError
@@ -205,9 +207,84 @@ def test_output_that_would_destroy_something_is_refused(tmp_path):
     results.begin()
     assert (tmp_path / "out.incomplete").read_text() == ""
     results = Results(str(tmp_path / "link"), tmp_path / "other", prompts, resume=False)
+    results.begin()
     results.add(0, {"index": 0})
-    results.finish()
+    results.finish(interrupted=False)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "in").read_text() == '{"index": 0}\n'
+
+
+def a_result(index: int) -> dict[str, object]:
+    return {"index": index, "prompt": "xyz"[index], "completion": "c", "token_ids": []}
+
+
+def lines_of(*indices: int) -> bytes:
+    return b"".join(json.dumps(a_result(index)).encode() + b"\n" for index in indices)
+
+
+def test_an_interrupted_job_leaves_the_results_of_an_earlier_one(tmp_path):
+    """Unless it goes on from them, and so has them all."""
+    prompts, output, partial = [{"prompt": c} for c in "xyz"], tmp_path / "out", tmp_path / "out.incomplete"
+    output.write_bytes(lines_of(0, 1, 2))
+    results = Results(str(output), tmp_path / "in", prompts, resume=False)
+    results.begin()
+    results.add(1, a_result(1))
+    results.finish(interrupted=True)
+    assert output.read_bytes() == lines_of(0, 1, 2) and partial.read_bytes() == lines_of(1)
+    del results
+    results = Results(str(output), tmp_path / "in", prompts, resume=True)  # FILE.incomplete comes first
+    results.begin()
+    results.add(0, a_result(0))
+    results.finish(interrupted=False)
+    assert output.read_bytes() == lines_of(0, 1) and not partial.exists()
+    results = Results(str(output), tmp_path / "in", prompts, resume=True)
+    results.begin()
+    assert partial.read_bytes() == lines_of(0, 1), "killed from here on, it has them"
+    results.add(2, a_result(2))
+    results.finish(interrupted=True)
+    assert output.read_bytes() == lines_of(0, 1, 2) and set(os.listdir(tmp_path)) == {"out"}
+
+
+def test_two_jobs_do_not_write_one_file(tmp_path):
+    prompts, partial = [{"prompt": c} for c in "xyz"], tmp_path / "out.incomplete"
+    for before in (b"", lines_of(0)):  # a new FILE.incomplete, and one that takes up FILE
+        (tmp_path / "out").write_bytes(before)
+        first = Results(str(tmp_path / "out"), tmp_path / "in", prompts, resume=bool(before))
+        late = Results(str(tmp_path / "out"), tmp_path / "in", prompts, resume=False)
+        first.begin()
+        first.add(1, a_result(1))
+        for resume in (False, True):
+            with pytest.raises(InputError, match=f"another job is writing {partial}"):
+                Results(str(tmp_path / "out"), tmp_path / "in", prompts, resume)
+        with pytest.raises(InputError, match="another job is writing"):
+            late.begin()
+        assert partial.read_bytes() == before + lines_of(1)
+        first.finish(interrupted=False)
+        del first, late
+
+
+def test_results_survive_a_resume_that_fails(tmp_path, monkeypatch):
+    """What a killed job left is shortened by its torn line, never written anew."""
+    partial = tmp_path / "out.incomplete"
+    partial.write_bytes(lines_of(0, 1) + b'{"index": 2')
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    results = Results(str(tmp_path / "out"), tmp_path / "in", [{"prompt": c} for c in "xyz"], resume=True)
+    assert partial.read_bytes() == lines_of(0, 1) and results.done.keys() == {0, 1}
+    del results
+    monkeypatch.setattr(os, "truncate", full)
+    with pytest.raises(InputError, match="File too large; what is finished is in"):
+        Results(str(tmp_path / "out"), tmp_path / "in", [{"prompt": c} for c in "xyz"], resume=True)
+    assert partial.read_bytes() == lines_of(0, 1)
+
+
+@pytest.mark.parametrize("other", ["system", "temperature", "id"])
+def test_what_a_line_does_not_say_is_refused(tmp_path, other):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "x", other: 1}))
+    with pytest.raises(InputError, match=f'line 1: "{other}" is not known'):
+        read_prompts(str(tmp_path / "in.jsonl"))
 
 
 def test_a_result_is_written_before_it_is_printed(tmp_path):
@@ -236,6 +313,8 @@ def test_a_result_without_a_completion_is_none(tmp_path):
         ({"prefill_chunk": 2.5}, "--prefill-chunk 2.5: wanted 1"),
         ({"mtp": 17}, "--mtp 17: wanted 0 to 16"),
         ({"max_batch_size": 10**8}, "are there; use a smaller --max-batch-size"),
+        ({"max_seq_len": "5"}, "--max-seq-len 5: wanted 2"),
+        ({"max_seq_len": 100.0}, "--max-seq-len 100.0: wanted 2"),
     ],
 )
 def test_options_that_no_model_can_have(options, message):
@@ -245,7 +324,14 @@ def test_options_that_no_model_can_have(options, message):
 
 @pytest.mark.parametrize(
     "params",
-    [{"max_tokens": 2.5}, {"temperature": "0"}, {"top_k": None}, {"logprobs": 0.5}, {"stop": ("x", 1)}],
+    [
+        {"max_tokens": 2.5},
+        {"temperature": "0"},
+        {"top_k": None},
+        {"top_k": 10**400},
+        {"logprobs": 0.5},
+        {"stop": ("x", 1)},
+    ],
 )
 def test_settings_of_another_type(params):
     with pytest.raises(InputError, match=f"^{next(iter(params))} is "):
@@ -261,6 +347,26 @@ def test_results_of_other_prompts_are_not_resumed(tmp_path):
     assert done.returncode == 2
     assert "out.jsonl line 1 is no result of this input file" in done.stderr.splitlines()[-1]
     assert "What is a dog?" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_requests_of_any_kind(random_llm):
+    """From a generator, of numbers of NumPy's; those that cannot be run are refused."""
+    ids, params = [5, 6, 7], SamplingParams(temperature=1.0, max_tokens=3, seed=np.int64(4))
+    wanted = random_llm.generate([ids], params)
+    for prompts in (torch.tensor([ids]), np.array([ids]), [np.array(ids)], torch.tensor(ids)):
+        assert random_llm.generate(prompts, params) == wanted
+    requests = [Request(ids, params)]
+    pieces = list(random_llm.run(request for request in requests))
+    assert pieces and requests[0].tokens == wanted[0].token_ids
+    twice = Request(ids, params)
+    for wrong, message in (
+        (requests, "a request is run once"),
+        ([twice, twice], "a request is run once"),
+        ([Request([], params)], "prompt 0 is empty"),
+        ([Request(ids, params), Request(ids * 1000, params)], "prompt 1 has 3000 tokens"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(random_llm.run(wrong))
 
 
 def test_a_request_can_be_ended_by_its_reader(tiny):

@@ -322,7 +322,10 @@ BAD = {
     "one rank of too many": (["--config", "CONFIG", "--dummy-weights", "--alone-of", 3], "over 3 ranks"),
     "acceptance": (["--config", "CONFIG", "--dummy-weights", "--mtp", 1, "--accept-rate", 2], "wanted 0 to 1"),
     "acceptance without drafts": (["--config", "CONFIG", "--dummy-weights", "--accept-rate", 0.5], "and --mtp"),
-    "a short cache": (["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9], "--max-seq-len 9: the cases need"),
+    "a short cache": (
+        ["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9],
+        "--prefill needs 1025 tokens; --max-seq-len is 9",
+    ),
     "layers it has not": (["--config", "CONFIG", "--dummy-weights", "--n-layers", 99], "--n-layers 99: the model has"),
     "too long": (["--config", "CONFIG", "--dummy-weights", "--prompt-len", 99999], "positions"),
     "no modules": (["--config", "16B", "--dummy-weights", "--mtp", 1, "--n-layers", 1], "has no MTP modules"),

@@ -200,7 +200,7 @@ DAMAGE = {
     "FP32 weight": (lambda f: edit(f, lambda t: t.update({WEIGHT: t[WEIGHT].float()})), "is F32, wanted BF16"),
     "tensor missing": (lambda f: edit(f, lambda t: t.pop(WEIGHT)), f"{WEIGHT} is missing"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 99_999), "is it cut short?"),
-    "our config": (our_config, "config: architecture .* is not supported"),
+    "our config": (our_config, "config.json: not Hugging Face's"),
 }
 
 

@@ -366,21 +366,30 @@ def test_lines_typed_during_an_answer_are_the_next_ones(terminal, monkeypatch, t
                 assert time.monotonic() < deadline
             assert chat.typed == b"", "Ctrl-C drops what was typed"
             chat.signalled = False
-            os.write(master, b"\x1b[Ax\x7f\r\x04")
+            os.write(master, b"no\x15\x1b[Axy\x7f\x1bOA\r\x04")
             while chat.typed[-1:] != b"\x04":
                 assert not chat.interrupted() and time.monotonic() < deadline
-            assert chat.read_line() == "x", "keys that edit are no text"
+            assert chat.read_line() == "x", "keys that edit do so, and are no text"
             assert chat.read_line() is None, "Ctrl-D ends when its turn comes"
             chat.typed = b"y\x04"
-            monkeypatch.setattr("builtins.input", lambda prompt: "y, at the prompt")
+            # What is shown goes elsewhere, so there is no line editing.
+            monkeypatch.setattr("builtins.input", lambda prompt: ", at the prompt")
             assert chat.read_line() == "y, at the prompt", "after text it ends nothing, and loses nothing"
+            monkeypatch.setattr("builtins.input", lambda prompt: "wrong\x03right")
+            assert chat.read_line() == "right", "Ctrl-C clears the line"
 
 
-def test_a_signal_at_the_prompt_stops_no_answer(monkeypatch):
+def test_a_signal_at_the_prompt(terminal, monkeypatch, tmp_path):
+    """Stops no answer; where lines come from a pipe, it ends the wait for one."""
+    monkeypatch.setattr("terminal.HISTORY", tmp_path / "history")
+    monkeypatch.setattr("builtins.input", lambda prompt: (signal.raise_signal(signal.SIGINT), "hello")[1])
+    with open(terminal[1], closefd=False) as keyboard:
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        with Terminal() as chat:
+            assert chat.read_line() == "hello" and not chat.interrupted()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    with Terminal() as chat:
-        monkeypatch.setattr("builtins.input", lambda prompt: (signal.raise_signal(signal.SIGINT), "hello")[1])
-        assert chat.read_line() == "hello" and not chat.interrupted()
+    with Terminal() as chat, pytest.raises(KeyboardInterrupt):
+        chat.read_line()
 
 
 def test_a_chat_needs_a_keyboard(monkeypatch):
