@@ -13,7 +13,6 @@ Rates are of bytes read and written together, so that a cast, which writes twice
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ sys.path.insert(0, str(ROOT / "inference"))
 
 from checkpoint import INDEX_FILE, tensor_specs  # noqa: E402
 from config import ModelArgs  # noqa: E402
-from errors import positive  # noqa: E402
+from errors import Arguments, positive, run_command  # noqa: E402
 from kernel import E4M3  # noqa: E402
 from output import drop_cache  # noqa: E402
 from safetensors_io import Layout, SafetensorsWriter, Tensors  # noqa: E402
@@ -140,7 +139,7 @@ def timed(command: list, source: Path, target: Path) -> tuple[float, float, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rate and memory of the converters against cp.")
+    parser = Arguments(description="Rate and memory of the converters against cp.")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; takes 4 times the input")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N")
     parser.add_argument("--layers", type=positive, default=2, metavar="N", help="the first is dense (default 2)")
@@ -203,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -120,8 +120,7 @@ def build(options: argparse.Namespace) -> Bench:
     start = time.perf_counter()
     in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))
     rows, length = largest_case(options, args)
-    chunk = min(options.prefill_chunk, rows * length)
-    sizes = {"max_batch_size": rows, "max_seq_len": length, "chunk": chunk, "drafts": options.mtp}
+    sizes = {"max_batch_size": rows, "max_seq_len": length, "chunk": options.prefill_chunk, "drafts": options.mtp}
     model, needs = allocate(in_memory, parallel, device, **sizes)
     bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)
     bench.synchronize()

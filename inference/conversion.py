@@ -379,7 +379,7 @@ class Conversion:
         if listed != sorted([*self.files, *others]):
             found.append(f"{SUMS_FILE} lists other files")
         strays = {path.name for path in self.target.glob("*.safetensors")} - self.files.keys()
-        found += [f"{name} is of no use" for name in sorted(strays)]
+        found += [f"{name} does not belong here" for name in sorted(strays)]
         if found:
             raise problems(f"{self.target}: not what {self.source} becomes", found)
         self._summarise("verified", began, self.total)

@@ -130,7 +130,7 @@ class LLM:
         # Modules that will not draft are not loaded.
         in_memory = replace(weights_in_memory(args, gemm, torch_device), n_mtp_layers=min(args.n_mtp_layers, n_drafts))
         sizes = {"max_batch_size": max_batch_size, "max_seq_len": self.max_seq_len}
-        sizes |= {"chunk": min(prefill_chunk, max_batch_size * self.max_seq_len), "drafts": n_drafts}
+        sizes |= {"chunk": prefill_chunk, "drafts": n_drafts}
         self.model, needs = allocate(in_memory, parallel, torch_device, **sizes)
         if verbose and parallel.rank == 0:
             total = sum(math.prod(spec.shape) for spec in tensor_specs(args).values() if not spec.is_scale)

@@ -160,6 +160,7 @@ def memory(
     default as many as there are MTP modules.
     """
     drafts = args.n_mtp_layers if drafts is None else drafts
+    chunk = min(chunk, max_batch_size * max_seq_len)
     weights = sum(part.nbytes for part in weight_parts(args, mp, expert_parallel).values()) + padding_bytes(args, mp)
     cache = cache_bytes(args, args.n_layers + args.n_mtp_layers, max_batch_size, max_seq_len)
     return Memory(weights, cache, workspace_bytes(args, mp, max_batch_size, max_seq_len, chunk, drafts))
@@ -275,12 +276,10 @@ def in_units(count: int) -> str:
     return f"{count / 1e9:,.3f}" if count else ""
 
 
-def model_table(
-    args: ModelArgs, mp: int, expert_parallel: bool, max_batch_size: int, max_seq_len: int, chunk: int
-) -> str:
+def model_table(args: ModelArgs, mp: int, expert_parallel: bool, max_batch_size: int, max_seq_len: int) -> str:
     parts = {name: astuple(part) for name, part in weight_parts(args, mp, expert_parallel).items()}
     mtp = parts.pop("MTP")
-    needs = memory(args, mp, expert_parallel, max_batch_size=max_batch_size, max_seq_len=max_seq_len, chunk=chunk)
+    needs = memory(args, mp, expert_parallel, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     cache = needs.cache, cache_bytes(args, args.n_layers, 1, max_seq_len)
     rows = [(name, *part) for name, part in parts.items() if any(part)]
     rows.append(("main model", *map(sum, zip(*parts.values(), strict=True))))
@@ -351,7 +350,6 @@ def main() -> None:
     check_split(model, mp, expert_parallel)
     max_seq_len = cache_length(model, options.max_seq_len)
     sizes = {"max_batch_size": options.max_batch_size or model.max_batch_size, "max_seq_len": max_seq_len}
-    sizes["chunk"] = min(PREFILL_CHUNK, sizes["max_batch_size"] * max_seq_len)
     how = ", whole experts each" if expert_parallel and mp > 1 else ""
     print(f"{options.config or options.ckpt_path}: {model.dtype} weights, {mp} rank{'s' * (mp > 1)}{how}\n", flush=True)
     print(model_table(model, mp, expert_parallel, **sizes))

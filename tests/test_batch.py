@@ -280,6 +280,12 @@ def test_results_survive_a_resume_that_fails(tmp_path, monkeypatch):
     assert partial.read_bytes() == lines_of(0, 1)
 
 
+def test_a_system_message_that_the_conversation_brings(tiny):
+    talk = [{"role": "user", "content": "hi"}, {"role": "system", "content": "own"}, {"role": "user", "content": "x"}]
+    assert tiny.encode(talk, "other") == tiny.encode(talk)
+    assert tiny.encode(talk[:1], "other") != tiny.encode(talk[:1])
+
+
 @pytest.mark.parametrize("other", ["system", "temperature", "id"])
 def test_what_a_line_does_not_say_is_refused(tmp_path, other):
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "x", other: 1}))

@@ -326,6 +326,8 @@ BAD = {
         ["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9],
         "--prefill needs 1025 tokens; --max-seq-len is 9",
     ),
+    "a trace in no folder": (["--config", "CONFIG", "--dummy-weights", "--profile", "none/x"], "--profile none/x"),
+    "a trace without a name": (["--config", "CONFIG", "--dummy-weights", "--profile", ""], "--profile .: not a file"),
     "layers it has not": (["--config", "CONFIG", "--dummy-weights", "--n-layers", 99], "--n-layers 99: the model has"),
     "too long": (["--config", "CONFIG", "--dummy-weights", "--prompt-len", 99999], "positions"),
     "no modules": (["--config", "16B", "--dummy-weights", "--mtp", 1, "--n-layers", 1], "has no MTP modules"),

@@ -829,3 +829,33 @@ def test_a_full_disk_under_stdout_is_one_line():
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("streams", [(0, 1), (2,), (0, 1, 2)])
+def test_closed_streams(streams, tmp_path):
+    """Nothing that is opened later stands in their place, and what is said goes nowhere."""
+    program = f"""import sys; sys.path[:0] = [{str(INFERENCE)!r}]
+import errors
+def main():
+    with open({str(tmp_path / "out")!r}, "w") as file:
+        print("x"); print("y", file=sys.stderr)
+        file.write(str(file.fileno() > 2))
+        raise errors.InputError("z")
+errors.run_command(main)"""
+    closing = " ".join(f"{n}>&-" for n in streams)
+    done = subprocess.run(["bash", "-c", f'exec "$0" -c "$1" {closing}', sys.executable, program], capture_output=True)
+    assert done.returncode == 2 and (tmp_path / "out").read_text() == "True"
+    assert (done.stdout, done.stderr) == (b"x\n" * (1 not in streams), b"y\nerror: z\n" * (2 not in streams))
+
+
+def test_ctrl_c_amid_the_imports():
+    """By the signal, without a traceback: what it stops may be C code that turns it into an error of its own."""
+    program = f"""import sys; sys.path[:0] = [{str(INFERENCE)!r}]
+import errors, os, signal
+errors.interrupts_end_it()
+if sys.argv[1:]:
+    errors.run_command(lambda: os.kill(os.getpid(), signal.SIGINT))
+os.kill(os.getpid(), signal.SIGINT)"""
+    for argv, code, message in (([], -signal.SIGINT, ""), (["in main"], 130, "interrupted\n")):
+        done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, message)

@@ -527,6 +527,18 @@ def test_verify(inputs, tmp_path, name):
         code, text = run(name, inputs, target, lambda: None, "--verify")
         assert code == 2 and text.endswith(f"becomes: {other}\n")
         (target / other).write_bytes(data)
+    stray = target / "model7-mp9.safetensors"
+    stray.write_bytes(b"")
+    code, text = run(name, inputs, target, lambda: None, "--verify")
+    assert code == 2 and text.endswith(f"becomes: {stray.name} does not belong here\n")
+    stray.unlink()
+    sums = target / "SHA256SUMS"
+    data = sums.read_text()
+    for wrong in (data + "0  x\n", data.split("\n", 1)[1]):
+        sums.write_text(wrong)
+        code, text = run(name, inputs, target, lambda: None, "--verify")
+        assert code == 2 and text.endswith("becomes: SHA256SUMS lists other files\n")
+    sums.write_text(data)
     narrow = {key: value.view(torch.int8) if value.element_size() == 1 else value for key, value in tensors.items()}
     narrow = {key: value.flatten() for key, value in narrow.items()}
     save_file(narrow, path, {"format": "pt"})
@@ -535,6 +547,20 @@ def test_verify(inputs, tmp_path, name):
     path.unlink()
     code, text = run(name, inputs, target, lambda: None, "--verify")
     assert code == 2 and "No such file" in text
+
+
+def test_a_file_that_goes_while_the_weights_are_written(inputs, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(inputs / "fp8", tmp_path / "fp8"))
+    write_weights = conversion.Conversion._write_weights
+
+    def and_lose_one(job: conversion.Conversion) -> None:
+        write_weights(job)
+        (source / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(conversion.Conversion, "_write_weights", and_lose_one)
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read"):
+        convert.convert(source, tmp_path / "out", 1)
+    assert (tmp_path / "out" / JOURNAL).exists()
 
 
 def test_copies_that_differ_are_told_apart(inputs, tmp_path):

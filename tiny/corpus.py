@@ -15,7 +15,6 @@ import random
 import re
 import sys
 import zlib
-from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference"))
 from tqdm import tqdm
 
 import phrasings as ask
-from errors import run_command
+from errors import Arguments, InputError, positive, run_command
 from wordnet import FREQUENT_NOUNS, POS, Synset, WordNet, frequent_nouns, glosses, regular_plural, with_article
 
 VOCABULARY = {"n": 7500, "v": 1800, "a": 1800, "r": 400}  # entries, of about 10,000 words
@@ -320,13 +319,15 @@ def probes(wordnet: WordNet, dictionary: Dictionary, n: int) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Write conversations about the words of WordNet.")
+    parser = Arguments(description="Write conversations about the words of WordNet.")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines")
-    parser.add_argument("--n", type=int, default=1000, help="conversations, or nouns (default 1000)")
+    parser.add_argument("--n", type=positive, default=1000, help="conversations, or nouns (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "heldout", "nouns"), default="train")
     options = parser.parse_args()
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out}: a folder, wanted a file")
     wordnet = WordNet(options.wordnet)
     dictionary = Dictionary(wordnet)
     if options.split == "nouns":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Request, Stats
-from errors import run_command
+from errors import Arguments, positive, run_command
 from llm import LLM
 from model import Gate
 from sampling import SamplingParams
@@ -136,13 +135,13 @@ def compare(llm: LLM, other: LLM, conversations: list[list[Message]], nouns: lis
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Measure the tiny model.")
+    parser = Arguments(description="Measure the tiny model.")
     parser.add_argument("--ckpt-path", required=True, metavar="DIR")
     parser.add_argument("--against", metavar="DIR", help="compare with this checkpoint")
-    parser.add_argument("--nouns", type=int, default=2000, metavar="N", help="the N most frequent (default 2000)")
+    parser.add_argument("--nouns", type=positive, default=2000, metavar="N", help="the N most frequent (default 2000)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the experts' load")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rows", type=int, default=64, help="questions at a time")
+    parser.add_argument("--rows", type=positive, default=64, help="questions at a time")
     options = parser.parse_args()
     nouns = read_lines(DATA / "nouns.jsonl")[: options.nouns]
     conversations = [item["messages"] for item in read_lines(DATA / "heldout.jsonl")]

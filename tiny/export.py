@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from safetensors.torch import load_file
 
 from checkpoint import tensor_specs
 from config import ModelArgs, read_json
-from errors import InputError, run_command
+from errors import Arguments, InputError, run_command
 from kernel import E4M3, weight_quant
 from model import Transformer
 from safetensors_io import Layout, SafetensorsWriter
+from text import load_tokenizer
 
 CONFIG = Path(__file__).with_name("config.json")
 # What the tokenizer's ids 0 and 1 are; sampling defaults as the released models have them.
@@ -54,7 +54,7 @@ def released(args: ModelArgs, model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Write a training save as an FP8 Hugging Face checkpoint.")
+    parser = Arguments(description="Write a training save as an FP8 Hugging Face checkpoint.")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of tiny/train.py's saves")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -64,6 +64,7 @@ def main() -> None:
     state = options.run / "state.safetensors"
     if not state.is_file():
         raise InputError(f"{state}: no such file; tiny/train.py writes it")
+    load_tokenizer(options.tokenizer)
     config = read_json(options.config)
     if options.bf16:
         del config["quantization_config"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from errors import InputError, run_command
+from errors import Arguments, InputError, positive, run_command
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"  # ids 0, 1, 2
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -104,20 +103,23 @@ def encode(conversations: Iterable[list[dict[str, str]]], tokenizer: Tokenizer) 
 
 
 def read(path: Path) -> Iterator[list[dict[str, str]]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; tiny/corpus.py makes it")
     with open(path, encoding="utf-8") as file:
-        for line in tqdm(file, desc=path.name, unit=" lines"):
-            yield json.loads(line)["messages"]
+        for number, line in enumerate(tqdm(file, desc=path.name, unit=" lines"), 1):
+            try:
+                yield json.loads(line)["messages"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path} line {number}: no conversation; tiny/corpus.py writes them") from None
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Train the tiny model's tokenizer and encode its training text.")
+    parser = Arguments(description="Train the tiny model's tokenizer and encode its training text.")
     parser.add_argument("corpora", type=Path, nargs="+", metavar="FILE", help="JSON lines; the first is trained on")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--vocab-size", type=positive, default=VOCAB_SIZE)
     options = parser.parse_args()
     talks = islice(read(options.corpora[0]), TRAINING_CONVERSATIONS)
+    if not all(path.is_file() and path.stat().st_size for path in options.corpora):
+        raise InputError(f"{', '.join(map(str, options.corpora))}: missing or empty; tiny/corpus.py makes them")
     tokenizer = train((message["content"] for talk in talks for message in talk), options.vocab_size)
     save(tokenizer, options.out / "tokenizer")
     for path in options.corpora:

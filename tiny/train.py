@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from config import ModelArgs
-from errors import InputError, run_command
+from errors import Arguments, InputError, positive, run_command
 from model import Gate, Transformer
+from parallel import choose_device
 
 CONFIG = Path(__file__).with_name("config.json")
 BOS = 0
@@ -167,23 +168,23 @@ def resume(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -
 
 
 def parse_arguments() -> Namespace:
-    parser = ArgumentParser(description="Train the tiny DeepSeek-V3.")
+    parser = Arguments(description="Train the tiny DeepSeek-V3.")
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train.npy, from tiny/corpus.py")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the saves; an existing one is continued")
     add("--config", type=Path, default=CONFIG, metavar="FILE", help="Hugging Face config (default tiny/config.json)")
-    add("--steps", type=int, default=2000)
-    add("--stop-after", type=int, metavar="N", help="stop and save at this step, to go on another time")
-    add("--rows", type=int, default=256, help="rows of a batch")
-    add("--seq-len", type=int, default=512, help="tokens of a row")
+    add("--steps", type=positive, default=2000)
+    add("--stop-after", type=positive, metavar="N", help="stop and save at this step, to go on another time")
+    add("--rows", type=positive, default=256, help="rows of a batch")
+    add("--seq-len", type=positive, default=512, help="tokens of a row")
     add("--lr", type=float, default=2.5e-3, help="peak learning rate")
     add("--warmup", type=int, default=150, help="steps up to the peak")
     add("--weight-decay", type=float, default=0.02)
     add("--mtp-weight", type=float, default=0.3, help="of the MTP loss; a third of it in the last third")
     add("--bias-speed", type=float, default=0.001, help="how far a gate bias moves in a step")
-    add("--save-every", type=int, default=500)
+    add("--save-every", type=positive, default=500)
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser.parse_args()
 
 
@@ -192,7 +193,7 @@ def main() -> None:
     if not (args.data / "train.npy").is_file():
         raise InputError(f"{args.data / 'train.npy'}: no such file; tiny/corpus.py makes it")
     model_args = ModelArgs.from_hf(args.config)
-    device = torch.device(args.device)
+    device = torch.device(choose_device(args.device))
     args.out.mkdir(parents=True, exist_ok=True)
     model = new_model(model_args, device, args.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
