@@ -146,15 +146,16 @@ class Results:
         """From here on FILE.incomplete is this job's: it holds what is resumed, or nothing yet."""
         if self.path is None:
             return
-        self.file = self.file or self._open(self.partial)
         with self._writing():
-            if self.source == self.path:
+            if self.source == self.path and not self.partial.exists():
                 self.file = self._open(self.ordered)
                 self.file.truncate(0)
                 self._write(self.file, self._in_order())
                 os.replace(self.ordered, self.partial)
-            elif self.source is None:
-                self.file.truncate(0)
+            else:
+                self.file = self.file or self._open(self.partial)
+                if self.source != self.partial:
+                    self.file.truncate(0)
 
     def add(self, index: int, item: Item) -> None:
         self.done[index] = item
