@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from engine import Request
-from errors import InputError, is_first
+from errors import InputError, drop_output, is_first
 from llm import LLM, check_ids, completion
 from sampling import SamplingParams
 from text import check_messages, encode, load_tokenizer
@@ -100,6 +100,7 @@ class Results:
         if not folder.is_dir():
             raise InputError(f"--output-file {path}: no folder {folder}")
         self.partial, self.ordered = (Path(f"{self.path}.incomplete{end}") for end in ("", ".sorted"))
+        self.kept = f"what is finished is in {self.partial}, and --resume goes on"
         files = self.path, self.partial, self.ordered
         if not os.access(folder, os.W_OK | os.X_OK) or any(os.path.lexists(f) and not f.is_file() for f in files):
             raise InputError(f"--output-file {path}: not a file that can be written")
@@ -110,10 +111,13 @@ class Results:
         if Path(os.path.realpath(input_file)) in files:
             raise InputError(f"--output-file {path}: it would overwrite --input-file {input_file}")
         self.file = self._open(self.partial) if self.partial.exists() else None
-        self.source = (self.partial if self.file else self.path) if resume else None
+        self.source = None  # of what is resumed
+        if resume:
+            self.source = self.partial if self.file and self._mend() else self.path
+            if self.source.exists():
+                self._read(self.source, prompts)
         self.earlier = self.path.exists() and self.source != self.path  # results of a job before this one
-        if self.source is not None and self.source.exists():
-            self._read(self.source, prompts)
+        self.seen = self._state()
 
     def _open(self, path: Path) -> FileIO:
         """`path` to add to, unbuffered. Raises InputError when it cannot be opened, or another job has it."""
@@ -129,11 +133,19 @@ class Results:
             pass
         return file
 
+    def _state(self) -> list[tuple[int, ...]]:
+        """By which to know FILE and FILE.incomplete again; one that is empty is as good as none."""
+        stats = [os.stat(path) for path in (self.path, self.partial) if path.exists()]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats if stat.st_size]
+
+    def _mend(self) -> bool:
+        """Cut off the last line of FILE.incomplete, torn by a kill, maybe amid a character; whether others are left."""
+        with self._writing("it cannot be resumed"):
+            whole = self.partial.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.partial, whole)
+        return whole > 0
+
     def _read(self, path: Path, prompts: list[Item]) -> None:
-        if path == self.partial:  # a killed job leaves its last line torn, maybe amid a character
-            with self._writing():
-                lines = path.read_bytes()
-                os.truncate(path, lines.rfind(b"\n") + 1)
         for where, item in read_lines(path):
             index = item.get("index")
             known = type(index) is int and 0 <= index < len(prompts)
@@ -143,24 +155,30 @@ class Results:
             self.done[index] = item
 
     def begin(self) -> None:
-        """From here on FILE.incomplete is this job's: it holds what is resumed, or nothing yet."""
+        """
+        From here on FILE.incomplete is this job's: it holds what is resumed, or nothing yet. Raises InputError when
+        another job has written since this one looked.
+        """
         if self.path is None:
             return
-        with self._writing():
-            if self.source == self.path and not self.partial.exists():
+        self.file = self.file or self._open(self.partial)
+        if self._state() != self.seen:
+            if not self.partial.stat().st_size:  # made just now
+                self.partial.unlink()
+            raise InputError(f"--output-file {self.path}: another job has written it meanwhile")
+        with self._writing("nothing is lost"):
+            if self.source == self.path:
                 self.file = self._open(self.ordered)
                 self.file.truncate(0)
                 self._write(self.file, self._in_order())
                 os.replace(self.ordered, self.partial)
-            else:
-                self.file = self.file or self._open(self.partial)
-                if self.source != self.partial:
-                    self.file.truncate(0)
+            elif self.source is None:
+                self.file.truncate(0)
 
     def add(self, index: int, item: Item) -> None:
         self.done[index] = item
         if self.path is not None:
-            with self._writing():
+            with self._writing(self.kept):
                 self._write(self.file, [item])
 
     def finish(self, interrupted: bool) -> None:
@@ -168,9 +186,13 @@ class Results:
         Put the results in order and in their place. Those of an interrupted job do not take the place of an earlier
         one's.
         """
-        if self.path is None or (interrupted and self.earlier):
+        if self.path is None:
             return
-        with self._writing():
+        if interrupted and self.earlier:
+            if not self.done:
+                self.partial.unlink(missing_ok=True)
+            return
+        with self._writing(self.kept):
             with open(self.ordered, "wb", buffering=0) as file:
                 self._write(file, self._in_order())
             os.replace(self.ordered, self.path)
@@ -185,12 +207,11 @@ class Results:
             lines = lines[file.write(lines) :]
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, consequence: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            kept = f"what is finished is in {self.partial}, and --resume goes on"
-            raise InputError(f"--output-file {self.path}: {error.strerror}; {kept}") from None
+            raise InputError(f"--output-file {self.path}: {error.strerror}; {consequence}") from None
 
 
 def result(index: int, prompt: Item, request: Request) -> Item:
@@ -247,12 +268,18 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
                         item = result(request.index, prompts[request.index], request)
                         asked = item.get("prompt") or item["messages"][-1]["content"]
                         results.add(request.index, item)
-                        bar.write(f"Prompt: {asked}\nCompletion: {item['completion']}\n")
+                        try:
+                            bar.write(f"Prompt: {asked}\nCompletion: {item['completion']}\n")
+                        except BrokenPipeError:  # Ctrl-C ends `| tee`, too
+                            if not signals:
+                                raise
+                            drop_output()
+        interrupted = any(request.finish_reason == "interrupted" for request in requests)
+        if first:
+            results.finish(interrupted)
     finally:
         signal.signal(signal.SIGINT, previous)
-    interrupted = any(request.finish_reason == "interrupted" for request in requests)
     if first:
-        results.finish(interrupted)
         print(f"[{status(llm.stats, requests, time.perf_counter() - start)}]", file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt(f"{len(results.done)} of {len(prompts)} prompts are finished; --resume goes on")

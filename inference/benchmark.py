@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -145,12 +146,13 @@ def largest_case(options: argparse.Namespace, args: ModelArgs) -> tuple[int, int
     if options.batch_size:
         lengths = [decode_length(options, length) for length in options.prompt_len]
         cases += [("--prompt-len, with --steps,", max(options.batch_size), length) for length in lengths]
+    if options.max_seq_len and options.max_seq_len > args.max_seq_len:
+        raise InputError(f"--max-seq-len {options.max_seq_len}: the model has {args.max_seq_len} positions")
     for flag, _, needed in cases:
         if needed > min(args.max_seq_len, options.max_seq_len or needed):
             allowed = f"--max-seq-len is {options.max_seq_len} and " if options.max_seq_len else ""
             raise InputError(f"{flag} needs {needed} tokens; {allowed}the model has {args.max_seq_len} positions")
-    _, rows, length = max(cases, key=lambda case: case[1] * case[2])
-    return rows, options.max_seq_len or length
+    return max(((rows, options.max_seq_len or length) for _, rows, length in cases), key=math.prod)
 
 
 def prompts(bench: Bench, rows: int, length: int, seed: int = 0) -> list[list[int]]:

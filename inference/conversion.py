@@ -370,13 +370,16 @@ class Conversion:
                 found.append(f"{name} has other tensors, types, shapes or metadata")
         if not found:
             found = self._different_tensors(written)
-        others = []
+        lines = read_file(self.target / SUMS_FILE).decode(errors="replace").splitlines()
+        sums, others = {line[66:]: line[:64] for line in lines}, []
         for name, data in self._other_files():
             others.append(name)
             if read_file(self.target / name) != data:
                 found.append(name)
-        listed = [line[66:] for line in read_file(self.target / SUMS_FILE).decode(errors="replace").splitlines()]
-        if listed != sorted([*self.files, *others]):
+                continue
+            if sums.get(name, digest := hashlib.sha256(data).hexdigest()) != digest:
+                found.append(f"{SUMS_FILE} has another checksum of {name}")
+        if list(sums) != sorted([*self.files, *others]):
             found.append(f"{SUMS_FILE} lists other files")
         strays = {path.name for path in self.target.glob("*.safetensors")} - self.files.keys()
         found += [f"{name} does not belong here" for name in sorted(strays)]

@@ -47,6 +47,11 @@ def interrupts_end_it() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def drop_output() -> None:
+    """What is still to be written to stdout, where nobody reads it any more, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """
     Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; a rank that is gone -> one
@@ -76,15 +81,19 @@ def run_command(main: Callable[[], None]) -> None:
         print("error: the connection to another rank is lost: it was killed or failed, see above", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # whoever read our output has seen enough, `| head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes what is left
+        drop_output()
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        drop_output()
         sys.exit(1)
     except KeyboardInterrupt as stop:
+        try:
+            sys.stdout.flush()
+        except OSError:  # the reader may be interrupted as well
+            drop_output()
         if is_first():  # every rank is interrupted, and only rank 0 knows what is finished
             print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,6 +7,11 @@ Chat and batch generation from a DeepSeek-V3 checkpoint.
 
 from __future__ import annotations
 
+from errors import Arguments, InputError, interrupts_end_it, is_first, positive, run_command
+
+if __name__ == "__main__":
+    interrupts_end_it()
+
 import os
 import sys
 import time
@@ -15,7 +20,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from config import GEMMS, MAX_DRAFTS
-from errors import Arguments, InputError, is_first, positive, run_command
 
 # Matrices of this width are multiplied before a second CPU thread has woken up: the tiny model decodes at 170 tokens/s
 # with one thread and 90 with two (EPYC, 2 cores).

@@ -158,10 +158,12 @@ class LLM:
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # of torch's or NumPy's
         if isinstance(prompt, str):
             ids = encode(self.tokenizer, prompt, system)
-        elif prompt and isinstance(prompt[0], dict):
+        elif isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
             ids = encode(self.tokenizer, check_messages(prompt, "messages"), system)
-        else:
+        elif isinstance(prompt, Iterable):
             ids = list(prompt)
+        else:
+            raise InputError(f"a prompt is {prompt!r}, wanted text, token ids or messages")
         check_ids(ids, self.model.args, self.max_seq_len)
         return ids
 
@@ -176,7 +178,7 @@ class LLM:
         requests = list(requests)
         for n, request in enumerate(requests):
             check_ids(request.prompt, self.model.args, self.max_seq_len, f"prompt {n}")
-        if any(r.tokens for r in requests) or len({id(r) for r in requests}) < len(requests):
+        if any(r.tokens or r.finish_reason for r in requests) or len({id(r) for r in requests}) < len(requests):
             raise InputError("a request is run once: make another for the same prompt")
         open_ = {id(r): (StreamDecoder(self.tokenizer), StopStrings(r.params.stop)) for r in requests}
         cut_off = ((r, []) for r in requests if id(r) in open_)  # once the engine is done: by an interrupt
@@ -211,9 +213,12 @@ class LLM:
         all, or one for each.
         """
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"prompts are {prompts!r}, wanted one prompt or a list of them")
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral | dict)):
             prompts = [prompts]
         each = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        each = [q or SamplingParams() for q in each]
         if len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts and {len(each)} SamplingParams")
         requests = [Request(self.encode(p), q, i) for i, (p, q) in enumerate(zip(prompts, each, strict=True))]
@@ -242,7 +247,7 @@ class LLM:
 
         Raises InputError for ids that the model or the cache cannot take.
         """
-        ids = list(token_ids)
+        ids = list(token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)
         check_ids(ids, self.model.args, len(ids) + 1)
         if len(ids) > self.max_seq_len:
             raise InputError(f"{len(ids)} tokens are more than max_seq_len, {self.max_seq_len}")

@@ -25,16 +25,19 @@ except ImportError:  # not on every system; then there is neither editing nor Ct
 
 CTRL_C = b"\x03"
 CTRL_D = b"\x04"
-ESCAPES = re.compile(rb"\x1b(\[[0-9;]*[A-Za-z~]|O.)")  # arrows and other keys that are no character
+ESCAPES = re.compile(rb"\x1b(\[[0-9;]*[A-Za-z~]|O.|.)")  # arrows and other keys that are no character
 HISTORY = Path(os.path.expanduser("~/.deepseek_v3_history"))
 
 
 def typed_text(keys: bytes) -> str:
-    """What a line of keys leaves behind, Backspace, Ctrl-U and Ctrl-C included."""
+    """What a line of keys leaves behind, Backspace, Ctrl-W, Ctrl-U and Ctrl-C included."""
     text: list[str] = []
     for c in ESCAPES.sub(b"", keys).decode(errors="surrogateescape"):
         if c in "\x7f\b":
             del text[-1:]
+        elif c == "\x17":
+            kept = "".join(text).rstrip()
+            del text[kept.rfind(" ") + 1 :]
         elif c in "\x15\x03":
             text.clear()
         elif c >= " " or c == "\t":

@@ -144,7 +144,8 @@ class StopStrings:
         if hits := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
             self.found, self.held = True, ""
             return text[: min(hits)]
-        held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        lengths = ((stop, n) for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)))
+        held = max((n for stop, n in lengths if text.endswith(stop[:n])), default=0)
         self.held = text[len(text) - held :]
         return text[: len(text) - held]
 

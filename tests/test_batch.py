@@ -262,6 +262,42 @@ def test_two_jobs_do_not_write_one_file(tmp_path):
         del first, late
 
 
+@pytest.mark.parametrize("end", ["finished", "killed"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_job_that_another_one_overtakes_is_refused(tmp_path, resume, end):
+    """While it loads."""
+    prompts, output, partial = [{"prompt": c} for c in "xyz"], tmp_path / "out", tmp_path / "out.incomplete"
+    output.write_bytes(lines_of(0))
+    late = Results(str(output), tmp_path / "in", prompts, resume)
+    first = Results(str(output), tmp_path / "in", prompts, resume)
+    first.begin()
+    first.add(1, a_result(1))
+    if end == "finished":
+        first.finish(interrupted=False)
+    del first
+    left = {path: path.read_bytes() for path in (output, partial) if path.exists()}
+    with pytest.raises(InputError, match="another job has written it meanwhile"):
+        late.begin()
+    del late
+    assert {path: path.read_bytes() for path in (output, partial) if path.exists()} == left
+
+
+def test_an_empty_incomplete_file_hides_nothing(tmp_path):
+    """What a job leaves that is stopped before its first result."""
+    prompts, output, partial = [{"prompt": c} for c in "xyz"], tmp_path / "out", tmp_path / "out.incomplete"
+    output.write_bytes(lines_of(0, 1))
+    results = Results(str(output), tmp_path / "in", prompts, resume=False)
+    results.begin()
+    results.finish(interrupted=True)
+    assert not partial.exists() and output.read_bytes() == lines_of(0, 1)
+    partial.write_bytes(b'{"index": 0')
+    del results
+    results = Results(str(output), tmp_path / "in", prompts, resume=True)
+    assert results.done.keys() == {0, 1}
+    results.begin()
+    assert partial.read_bytes() == lines_of(0, 1)
+
+
 def test_results_survive_a_resume_that_fails(tmp_path, monkeypatch):
     """What a killed job left is shortened by its torn line, never written anew."""
     partial = tmp_path / "out.incomplete"
@@ -275,7 +311,7 @@ def test_results_survive_a_resume_that_fails(tmp_path, monkeypatch):
     assert partial.read_bytes() == lines_of(0, 1) and results.done.keys() == {0, 1}
     del results
     monkeypatch.setattr(os, "truncate", full)
-    with pytest.raises(InputError, match="File too large; what is finished is in"):
+    with pytest.raises(InputError, match="File too large; it cannot be resumed"):
         Results(str(tmp_path / "out"), tmp_path / "in", [{"prompt": c} for c in "xyz"], resume=True)
     assert partial.read_bytes() == lines_of(0, 1)
 
@@ -361,6 +397,11 @@ def test_requests_of_any_kind(random_llm):
     wanted = random_llm.generate([ids], params)
     for prompts in (torch.tensor([ids]), np.array([ids]), [np.array(ids)], torch.tensor(ids)):
         assert random_llm.generate(prompts, params) == wanted
+    for prompts in (np.array(5), [1.5], 7, [7.5, None]):
+        with pytest.raises(InputError):
+            random_llm.generate(prompts, params)
+    assert random_llm.logprobs(torch.tensor(ids)) == random_llm.logprobs(ids)
+    assert random_llm.generate([ids], [None]) == random_llm.generate([ids])
     requests = [Request(ids, params)]
     pieces = list(random_llm.run(request for request in requests))
     assert pieces and requests[0].tokens == wanted[0].token_ids
@@ -368,6 +409,7 @@ def test_requests_of_any_kind(random_llm):
     for wrong, message in (
         (requests, "a request is run once"),
         ([twice, twice], "a request is run once"),
+        ([Request(ids, params, finish_reason="interrupted")], "a request is run once"),
         ([Request([], params)], "prompt 0 is empty"),
         ([Request(ids, params), Request(ids * 1000, params)], "prompt 1 has 3000 tokens"),
     ):

@@ -328,6 +328,7 @@ BAD = {
     ),
     "a trace in no folder": (["--config", "CONFIG", "--dummy-weights", "--profile", "none/x"], "--profile none/x"),
     "a trace without a name": (["--config", "CONFIG", "--dummy-weights", "--profile", ""], "--profile .: not a file"),
+    "a cache too long": (["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 99999], "99999: the model has"),
     "layers it has not": (["--config", "CONFIG", "--dummy-weights", "--n-layers", 99], "--n-layers 99: the model has"),
     "too long": (["--config", "CONFIG", "--dummy-weights", "--prompt-len", 99999], "positions"),
     "no modules": (["--config", "16B", "--dummy-weights", "--mtp", 1, "--n-layers", 1], "has no MTP modules"),

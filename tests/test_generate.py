@@ -366,7 +366,7 @@ def test_lines_typed_during_an_answer_are_the_next_ones(terminal, monkeypatch, t
                 assert time.monotonic() < deadline
             assert chat.typed == b"", "Ctrl-C drops what was typed"
             chat.signalled = False
-            os.write(master, b"no\x15\x1b[Axy\x7f\x1bOA\r\x04")
+            os.write(master, b"no\x15\x1b[Axy\x7f\x1bOA no\x17\x1bb\r\x04")
             while chat.typed[-1:] != b"\x04":
                 assert not chat.interrupted() and time.monotonic() < deadline
             assert chat.read_line() == "x", "keys that edit do so, and are no text"

@@ -538,6 +538,9 @@ def test_verify(inputs, tmp_path, name):
         sums.write_text(wrong)
         code, text = run(name, inputs, target, lambda: None, "--verify")
         assert code == 2 and text.endswith("becomes: SHA256SUMS lists other files\n")
+    sums.write_text(re.sub(r"^.{5}(.*tokenizer.json)$", r"00000\1", data, flags=re.M))
+    code, text = run(name, inputs, target, lambda: None, "--verify")
+    assert code == 2 and text.endswith("becomes: SHA256SUMS has another checksum of tokenizer.json\n")
     sums.write_text(data)
     narrow = {key: value.view(torch.int8) if value.element_size() == 1 else value for key, value in tensors.items()}
     narrow = {key: value.flatten() for key, value in narrow.items()}
