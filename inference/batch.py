@@ -116,7 +116,6 @@ class Results:
             self.source = self.partial if self.file and self._mend() else self.path
             if self.source.exists():
                 self._read(self.source, prompts)
-        self.earlier = self.path.exists() and self.source != self.path  # results of a job before this one
         self.seen = self._state()
 
     def _open(self, path: Path) -> FileIO:
@@ -188,7 +187,7 @@ class Results:
         """
         if self.path is None:
             return
-        if interrupted and self.earlier:
+        if interrupted and self.path.exists() and self.source != self.path:  # it is a job's before this one
             if not self.done:
                 self.partial.unlink(missing_ok=True)
             return

@@ -298,7 +298,7 @@ class Result:
 
 
 def result(bench: Bench, case: str, seconds: float, floor: float, **more: Any) -> Result:
-    """With the floor and the peers' figures where they are known: on a GPU, by peers.json."""
+    """A case that is done, said on stderr; with the floor and the peers' figures (peers.json), known on a GPU."""
     if is_first():
         print(f"{case}: {seconds * 1e3:.2f} ms", file=sys.stderr, flush=True)
     if not bench.on_gpu:

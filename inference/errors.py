@@ -84,7 +84,7 @@ def run_command(main: Callable[[], None]) -> None:
         drop_output()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         drop_output()

@@ -160,7 +160,7 @@ def memory(
     default as many as there are MTP modules.
     """
     drafts = args.n_mtp_layers if drafts is None else drafts
-    chunk = min(chunk, max_batch_size * max_seq_len)
+    chunk = min(chunk, max_batch_size * max_seq_len)  # no pass takes more tokens than the cache holds
     weights = sum(part.nbytes for part in weight_parts(args, mp, expert_parallel).values()) + padding_bytes(args, mp)
     cache = cache_bytes(args, args.n_layers + args.n_mtp_layers, max_batch_size, max_seq_len)
     return Memory(weights, cache, workspace_bytes(args, mp, max_batch_size, max_seq_len, chunk, drafts))

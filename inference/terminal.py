@@ -107,9 +107,10 @@ class Terminal:
                 if self.edits:
                     readline.set_startup_hook(lambda: readline.insert_text(text.encode(errors="replace").decode()))
                     line = input("> ")
+                elif self.is_tty:
+                    line = typed_text((text + input("> " + text)).encode(errors="surrogateescape"))
                 else:
-                    line = input("> " + text if self.is_tty else "")
-                    line = typed_text((text + line).encode(errors="surrogateescape")) if self.is_tty else line
+                    line = input("")
             line.encode()
         except EOFError:
             if self.is_tty:

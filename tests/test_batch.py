@@ -411,7 +411,7 @@ def test_requests_of_any_kind(random_llm):
         ([twice, twice], "a request is run once"),
         ([Request(ids, params, finish_reason="interrupted")], "a request is run once"),
         ([Request([], params)], "prompt 0 is empty"),
-        ([Request(ids, params), Request(ids * 1000, params)], "prompt 1 has 3000 tokens"),
+        ([Request(ids, params), Request(ids * 1000, params)], "prompt 1 has 3000 tokens .* raise --max-seq-len"),
     ):
         with pytest.raises(InputError, match=message):
             list(random_llm.run(wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -213,6 +214,19 @@ def test_the_accept_rate(rate):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "largest"), [(None, (64, 1 + (benchmark.WARM_STEPS + 6) * 2)), (2048, (64, 2048))]
+)
+def test_the_case_that_memory_is_checked_for(max_seq_len, largest):
+    """--max-seq-len is that of every case, so then the one of the most rows; else tokens count as well."""
+    options = argparse.Namespace(batch_size=[1, 64], prompt_len=[1], prefill=[(1, 1000)], steps=2, mtp=1)
+    options.max_seq_len = max_seq_len
+    args = ModelArgs.load(ROOT / "configs/config_16B.json")
+    assert benchmark.largest_case(options, args) == largest
+    options.prefill = [(1, 2000)]
+    assert benchmark.largest_case(options, args) == (largest if max_seq_len else (1, 2001))
 
 
 def test_it_prints_every_case_and_json(run, config, tmp_path):

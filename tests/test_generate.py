@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import generate
+from batch import Results
 from checkpoint import Checkpoint
 from checkpoints import CHAT_TEMPLATE, SMALL, make_hf
 from config import ModelArgs
@@ -829,6 +831,43 @@ def test_a_full_disk_under_stdout_is_one_line():
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EDQUOT])
+def test_output_that_grows_too_large_is_one_line(number, monkeypatch, capsys):
+    def main() -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("errors.drop_output", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: cannot write the output: {os.strerror(number)}\n"
+
+
+@pytest.mark.parametrize("flag", ["--system", "--stop"])
+def test_flags_that_are_no_text(command, flag):
+    check_refusal(command("--ckpt-path", "x", "--interactive", flag, "\udcff"), f"{flag}: not UTF-8 text")
+
+
+def test_ctrl_c_that_ends_the_reader_too(folder, input_file, tmp_path, command, monkeypatch):
+    """As with `| tee`; and again while the results are put in their place."""
+    finish, dropped = Results.finish, []
+
+    def write(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise BrokenPipeError
+
+    def interrupted_finish(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        finish(*arguments)
+
+    monkeypatch.setattr("batch.tqdm.write", write)
+    monkeypatch.setattr("batch.drop_output", lambda: dropped.append(True))
+    monkeypatch.setattr(Results, "finish", interrupted_finish)
+    code, _, err = command(*batch_argv(folder, input_file, tmp_path / "out.jsonl"))
+    assert code == 130 and dropped and "--resume goes on" in err
+    assert (tmp_path / "out.jsonl").read_text() and not (tmp_path / "out.jsonl.incomplete").exists()
 
 
 @pytest.mark.parametrize("streams", [(0, 1), (2,), (0, 1, 2)])

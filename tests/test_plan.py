@@ -152,6 +152,8 @@ def test_generate_refuses_by_the_same_figures(small, monkeypatch, mtp):
     args = ModelArgs.load(small / "config.json")
     needs = plan.memory(args, max_batch_size=3, max_seq_len=100)
     more = ((mtp or 1) - 1) * plan.SAMPLING_BYTES * 3 * args.vocab_size  # a draft has logits each
+    most = plan.memory(args, max_batch_size=3, max_seq_len=100, chunk=300)
+    assert most == needs != plan.memory(args, max_batch_size=3, max_seq_len=100, chunk=299)
     assert args.n_mtp_layers == 1 and asked.value.args == (needs.weights, needs.cache, needs.workspace + more)
 
 

@@ -126,6 +126,7 @@ def rank_main() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("jobs")
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_sums_on_gpus(n):

@@ -104,11 +104,12 @@ def encode(conversations: Iterable[list[dict[str, str]]], tokenizer: Tokenizer) 
 
 def read(path: Path) -> Iterator[list[dict[str, str]]]:
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(tqdm(file, desc=path.name, unit=" lines"), 1):
-            try:
+        number = 0
+        try:
+            for number, line in enumerate(tqdm(file, desc=path.name, unit=" lines"), 1):  # noqa: B007, for the error
                 yield json.loads(line)["messages"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path} line {number}: no conversation; tiny/corpus.py writes them") from None
+        except (ValueError, KeyError, TypeError):  # ValueError: also bytes that are no text, after that line
+            raise InputError(f"{path} near line {number}: no conversation; tiny/corpus.py writes them") from None
 
 
 def main() -> None:
@@ -117,9 +118,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--vocab-size", type=positive, default=VOCAB_SIZE)
     options = parser.parse_args()
-    talks = islice(read(options.corpora[0]), TRAINING_CONVERSATIONS)
     if not all(path.is_file() and path.stat().st_size for path in options.corpora):
         raise InputError(f"{', '.join(map(str, options.corpora))}: missing or empty; tiny/corpus.py makes them")
+    talks = islice(read(options.corpora[0]), TRAINING_CONVERSATIONS)
     tokenizer = train((message["content"] for talk in talks for message in talk), options.vocab_size)
     save(tokenizer, options.out / "tokenizer")
     for path in options.corpora:
