@@ -31,6 +31,7 @@ from many_queries import SIDE, launch_many_queries, takes
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
+MERGED_ROWS = 64  # splits, a power of two of them for each token, that expand_value_kernel merges
 
 
 def padded(n: int) -> int:
@@ -277,10 +278,26 @@ def latent_attention_kernel(
     at = (b * splits + split).to(tl.int64) * S * H + i
     acc /= tl.expand_dims(tl.where(total == 0, 1.0, total), T_AXIS)
     out_ptrs = out_ptr + tl.expand_dims(at * C, T_AXIS) + tl.expand_dims(c, 1 - T_AXIS)
-    inside = tl.expand_dims((i < S * H) & (first < end), T_AXIS) & tl.expand_dims(c < C, 1 - T_AXIS)
+    inside = tl.expand_dims(i < S * H, T_AXIS) & tl.expand_dims(c < C, 1 - T_AXIS)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
     if MERGE:
         tl.store(lse_ptr + at, tl.where(total == 0, float("-inf"), m + tl.log2(total)), mask=i < S * H)
+
+
+class Splits(NamedTuple):
+    """
+    The attention of B rows of S queries over each split of the keys, [B, splits, S, H, C], and lse [B, splits, S, H],
+    log2 of its softmax's denominator. Where a split has no key that is -inf, and its part zero.
+    """
+
+    parts: torch.Tensor
+    lse: torch.Tensor
+
+
+def merge_ref(splits: Splits) -> torch.Tensor:
+    """-> attention over all keys [B, S, H, C], in fp32: the parts' mean with weights 2^lse."""
+    weight = (splits.lse * math.log(2)).softmax(1)
+    return torch.einsum("bnsh,bnshc->bshc", weight, splits.parts.float())
 
 
 @triton.jit
@@ -289,9 +306,9 @@ def merge_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    parts [B, splits, queries, C], lse [B, splits, queries] -> out [B, queries, C]: the parts' mean with weights 2^lse.
+    merge_ref of parts [B, splits, queries, C] and lse [B, splits, queries] -> out [B, queries, C].
 
-    One program: BLOCK_C channels of one query. Splits without keys have lse = -inf, and their part is not read.
+    One program: BLOCK_C channels of one query.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -301,7 +318,7 @@ def merge_kernel(
     at = (b * splits + split).to(tl.int64) * queries + i
     lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
     weight = tl.exp2(lse - tl.max(lse, 0))
-    mask = (lse > float("-inf"))[:, None] & (c < C)[None, :]
+    mask = (split < splits)[:, None] & (c < C)[None, :]
     parts = tl.load(parts_ptr + at[:, None] * C + c[None, :], mask=mask, other=0.0)
     out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
@@ -349,13 +366,15 @@ def latent_splits(blocks: int, tiles: int, slots: int) -> int:
 
 def launch_latent(
     q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, scale: float, C: int,
-    config: LatentConfig, splits: int,
-) -> torch.Tensor:  # fmt: skip
+    config: LatentConfig, splits: int, merge: bool = True,
+) -> torch.Tensor | Splits:  # fmt: skip
     (B, S, H, _), R = q.shape, cache.shape[-1] - C
     pdl = pdl_options(q.device)
-    out = q.new_empty(B, S, H, C)
-    parts = out if splits == 1 else q.new_empty(B, splits, S * H, C, dtype=torch.float32)
-    lse = None if splits == 1 else q.new_empty(B, splits, S * H, dtype=torch.float32)
+    out, lse = q.new_empty(B, S, H, C) if merge or splits == 1 else None, None
+    parts = out
+    if splits > 1:
+        parts = q.new_empty(B, splits, S, H, C, dtype=torch.float32 if merge else q.dtype)
+        lse = q.new_empty(B, splits, S, H, dtype=torch.float32)
     positions, scale = positions.contiguous(), scale * LOG2_E
     if config.many:
         launch_many_queries(q, cache, rows, positions, scale, C, parts, lse)
@@ -365,6 +384,8 @@ def launch_latent(
             C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SWAP=config.swap,
             MERGE=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
         )  # fmt: skip
+    if out is None:
+        return Splits(parts, lse)
     if splits > 1:
         n = triton.next_power_of_2(splits)
         block_c = min(padded(C), max(32, 4096 // n))
@@ -374,10 +395,12 @@ def launch_latent(
 
 
 def latent_attention(
-    q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, kv_len: int, scale: float, C: int
-) -> torch.Tensor:
+    q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, kv_len: int, scale: float,
+    C: int, merge: bool = True,
+) -> torch.Tensor | Splits:  # fmt: skip
     """
     See latent_attention_ref. Work follows `positions`, read on the device; kv_len only decides how finely it is split.
+    Without `merge` the splits of few queries are left as they are, for expand_value.
     """
     if not on_gpu(q):
         return latent_attention_ref(q, cache, rows, positions, kv_len, scale, C)
@@ -385,4 +408,5 @@ def latent_attention(
     config = latent_config(B, S * H, q.dtype, on_hopper(q.device), takes(q, cache, C))
     tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
     splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, multiprocessors(q.device))
-    return launch_latent(q, cache, rows, positions, scale, C, config, splits)
+    merge |= B * S * triton.next_power_of_2(splits) > MERGED_ROWS
+    return launch_latent(q, cache, rows, positions, scale, C, config, splits, merge)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from attention import cache_write
+from attention import Splits, cache_write, merge_ref
 from config import BLOCK_SIZE
 from fused import outputs, quantise_groups, quantised_ref, result, store_normed
 from gpu import cdiv, on_hopper, pdl_options
@@ -297,20 +297,31 @@ def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) ->
 
 
 def expand_value_ref(
-    o: torch.Tensor, w_uv: torch.Tensor, quantise: bool = False, scale_fmt: str | None = None, keep: bool = True
-):
-    """o [M, H, C], w_uv [H, V, C] -> o W_UV^T of each head, [M, H * V], Quantised on request."""
-    x = torch.einsum("mhc,hvc->mhv", o, w_uv).flatten(1)
+    o: torch.Tensor | Splits, w_uv: torch.Tensor, quantise: bool = False, scale_fmt: str | None = None,
+    keep: bool = True,
+):  # fmt: skip
+    """o [B, S, H, C], or its Splits, w_uv [H, V, C] -> o W_UV^T of each head, [M, H * V], Quantised on request."""
+    if isinstance(o, Splits):
+        x = torch.einsum("bshc,hvc->bshv", merge_ref(o), w_uv.float()).to(w_uv.dtype)
+    else:
+        x = torch.einsum("bshc,hvc->bshv", o, w_uv)
+    x = x.flatten(2).flatten(0, 1)
     return quantised_ref(x, scale_fmt, keep) if quantise else x
 
 
 @triton.jit
 def expand_value_kernel(
-    o_ptr, w_ptr, out_ptr, values_ptr, scale_ptr, M, head_stride, row_stride, H: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    o_ptr, lse_ptr, w_ptr, out_ptr, values_ptr, scale_ptr, M, S, splits, head_stride, row_stride, H: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr,
+    PRECISION: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M tokens of one head, BLOCK_V outputs. Bound by reading W_UV (2 * H * V * C bytes)."""
+    """
+    One program: TOKENS tokens of one head, BLOCK_V outputs. Bound by reading W_UV (2 * H * V * C bytes).
+
+    The tensor cores take 16 rows or more, and decoding has fewer tokens: the splits of attention's keys are rows too,
+    and their products, not they, are merged (merge_ref), without a launch of its own.
+    """
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
@@ -318,17 +329,28 @@ def expand_value_kernel(
         prefetch(w_ptr + row + tl.minimum(tl.arange(0, LINES) * 64, C - 1)[None, :])
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = m.to(tl.int64) * H + h
-    acc = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
+    i = tl.arange(0, TOKENS * SPLITS)
+    token = tl.program_id(2) * TOKENS + i // SPLITS
+    there = (token < M) & (i % SPLITS < splits)
+    at = ((token // S * splits + i % SPLITS) * S + token % S).to(tl.int64) * H + h
+    if SPLITS > 1:
+        lse = tl.reshape(tl.load(lse_ptr + at, mask=there, other=float("-inf")), (TOKENS, SPLITS))
+        most = tl.max(lse, 1)
+        weight = tl.exp2(lse - tl.where(most == float("-inf"), 0.0, most)[:, None])
+        total = tl.sum(weight, 1)
+        weight /= tl.where(total == 0, 1.0, total)[:, None]
+    acc = tl.zeros((TOKENS * SPLITS, BLOCK_V), dtype=tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        o = tl.load(o_ptr + head[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
+        o = tl.load(o_ptr + at[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
         w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
         w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(o, w, acc, input_precision=PRECISION)
+    if SPLITS > 1:
+        acc = tl.sum(tl.reshape(acc, (TOKENS, SPLITS, BLOCK_V)) * weight[:, :, None], 1)
+    m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     out = acc.to(o_ptr.dtype.element_ty)
-    cells = head[:, None] * V + v[None, :]
+    cells = (m.to(tl.int64) * H + h)[:, None] * V + v[None, :]
     inside = (m < M)[:, None] & (v < V)[None, :]
     if KEEP:
         tl.store(out_ptr + cells, out, mask=inside)
@@ -340,26 +362,29 @@ def expand_value_kernel(
 
 
 def expand_value(
-    o: torch.Tensor, w_uv: torch.Tensor, quantise: bool = False, scale_fmt: str | None = None, keep: bool = True
-):
+    o: torch.Tensor | Splits, w_uv: torch.Tensor, quantise: bool = False, scale_fmt: str | None = None,
+    keep: bool = True,
+):  # fmt: skip
     """See expand_value_ref. w_uv may be any view whose last dimension is contiguous."""
-    if not on_gpu(o):
+    parts, lse = o if isinstance(o, Splits) else (o[:, None], None)
+    if not on_gpu(parts):
         return expand_value_ref(o, w_uv, quantise, scale_fmt, keep)
-    (M, H, C), V = o.shape, w_uv.shape[1]
+    (B, splits, S, H, C), V = parts.shape, w_uv.shape[1]
+    M, rows, fp32 = B * S, triton.next_power_of_2(splits), parts.dtype == torch.float32
     if quantise and V % BLOCK_SIZE:  # groups that span heads
         x = expand_value(o, w_uv)
         return Quantised(x if keep else None, *act_quant(x, scale_fmt))
-    fp32 = o.dtype == torch.float32
-    block_m, block_v = block_sizes(M, fp32)
+    block_m, block_v = block_sizes(M * rows, fp32)
     if quantise:
         block_v = BLOCK_SIZE
     elif H * V < 128 * 132:  # fewer programs than multiprocessors: narrower ones
         block_v = 32
-    out, values, scale = outputs(o, (M, H * V), quantise, keep)
-    expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, block_m))](
-        o.contiguous(), w_uv, out, values, scale, M, w_uv.stride(0), w_uv.stride(1), H, V, C, out is not None,
-        quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", block_m, block_v, 32 if fp32 else 128,
-        triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=4, num_stages=4 if on_hopper(o.device) else 3, **pdl_options(o.device),
+    tokens = max(block_m // rows, 1)
+    out, values, scale = outputs(parts, (M, H * V), quantise, keep)
+    expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, tokens))](
+        parts.contiguous(), lse, w_uv, out, values, scale, M, S, splits, w_uv.stride(0), w_uv.stride(1), H, V, C,
+        out is not None, quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", tokens, rows, block_v,
+        32 if fp32 else 128, triton.next_power_of_2(cdiv(C, 64)),
+        num_warps=4, num_stages=4 if on_hopper(parts.device) else 3, **pdl_options(parts.device),
     )  # fmt: skip
     return result(out, values, scale)

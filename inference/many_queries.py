@@ -202,8 +202,7 @@ def attend(given, group: gl.constexpr, MERGE: gl.constexpr):
     if MERGE:
         i_out = first_query + gl.arange(0, SIDE, o_rows)
         columns = group * HALF + gl.arange(0, HALF, gl.SliceLayout(0, o_layout))
-        inside = (i_out < n_queries) & (first < end)
-        gl.store(out_ptr + i_out[:, None] * (2 * HALF) + columns[None, :], acc, mask=inside[:, None])
+        gl.store(out_ptr + i_out[:, None] * (2 * HALF) + columns[None, :], acc, mask=(i_out < n_queries)[:, None])
         if group == 0:
             lse = gl.where(total == 0, float("-inf"), m + gl.log2(whole))
             gl.store(lse_ptr + i, lse, mask=i < n_queries)

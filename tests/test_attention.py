@@ -19,6 +19,7 @@ from attention import (
     latent_splits,
     launch_latent,
     launch_prefill,
+    merge_ref,
     prefill_attention,
     prefill_attention_ref,
 )
@@ -185,6 +186,9 @@ def interpreted() -> None:
                 found = launch_latent(q, cache, rows, positions, 0.5, C, config, splits)
                 assert found.dtype == dtype and found.shape == (*q.shape[:3], C)
                 assert relative(found, exact) < most[dtype], (starts, dtype, config, relative(found, exact))
+                if splits > 1:
+                    left = launch_latent(q, cache, rows, positions, 0.5, C, config, splits, merge=False)
+                    assert left.parts.dtype == dtype and relative(merge_ref(left), exact) < most[dtype]
     # More queries than a tile has keys: the first of them see none of the last tile.
     q, cache, rows, positions = latent_case([3, 30], 40, 1, 32, 16, torch.float32, 70)
     for swap in (False, True):
@@ -253,6 +257,9 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
         found = launch_latent(q, cache, rows, positions, 0.7, C, config, splits)
         check_latent(found, exact)
         assert torch.equal(launch_latent(q, cache, rows, positions, 0.7, C, config, splits), found)
+        if splits > 1:
+            left = launch_latent(q, cache, rows, positions, 0.7, C, config, splits, merge=False)
+            check_latent(merge_ref(left), exact)
 
 
 @pytest.mark.gpu

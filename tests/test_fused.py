@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from attention import cache_write
+from attention import Splits, cache_write
 from fused import add_rms_norm, add_rms_norm_ref, argmax, silu_mul, silu_mul_ref, sum_terms
 from gpu import counters
 from interpreter import interpret, needs_interpreter
@@ -184,7 +184,7 @@ def check_halves(device: str, M: int, H: int, N: int, V: int, C: int, R: int, dt
     """absorb_query and expand_value, each with only its own half of wkv_b to read."""
     case = (M, H, N, V, C, R, dtype)
     w, rotation = random(H, N + V, C, dtype=dtype).to(device), rotation_of(M, R).to(device)
-    q, o = (random(M, H, n, dtype=dtype, seed=n).to(device) for n in (N + R, C))
+    q, o = (random(*shape, dtype=dtype, seed=shape[-1]).to(device) for shape in ((M, H, N + R), (M, 1, H, C)))
     w_k, w_v = w.clone(), w.clone()
     w_k[:, N:] = torch.nan
     w_v[:, :N] = torch.nan
@@ -192,8 +192,20 @@ def check_halves(device: str, M: int, H: int, N: int, V: int, C: int, R: int, dt
         absorbed = absorb_query(q, w_k[:, :N], rotation)
     assert_sum(absorbed[..., :C], torch.einsum("mhn,hnc->mhc", q[..., :N].double(), w[:, :N].double()), case)
     assert_near(absorbed[..., C:], turned(q[..., N:], rotation), case)
-    wanted = torch.einsum("mhc,hvc->mhv", o.double(), w[:, N:].double()).flatten(1)
+    wanted = torch.einsum("mshc,hvc->mshv", o.double(), w[:, N:].double()).flatten(1)
     check_op(lambda *how: expand_value(o, w_v[:, N:], *how), lambda x: assert_sum(x, wanted, case), case)
+
+
+def check_expand_splits(device: str, B: int, splits: int, S: int, H: int, V: int, C: int, dtype: torch.dtype) -> None:
+    """expand_value of what attention left unmerged: splits of very different weights, others empty."""
+    case = (B, splits, S, H, V, C, dtype)
+    w, parts = random(H, V, C, dtype=dtype).to(device), random(B, splits, S, H, C, dtype=dtype, seed=1).to(device)
+    lse = random(B, splits, S, H, seed=2).to(device) * 5 - 40
+    empty = (torch.arange(B * splits).view(B, splits) % 3 == 1).to(device) & (splits > 1)
+    weight = (lse.double() * np.log(2)).masked_fill(empty[:, :, None, None], -torch.inf).softmax(1)
+    wanted = torch.einsum("bnsh,bnshc,hvc->bshv", weight, parts.double(), w.double()).flatten(2).flatten(0, 1)
+    lse[empty], parts[empty] = -torch.inf, 0
+    check_op(lambda *how: expand_value(Splits(parts, lse), w, *how), lambda x: assert_sum(x, wanted, case), case)
 
 
 def assert_sum(found: torch.Tensor, wanted: torch.Tensor, case) -> None:
@@ -238,6 +250,7 @@ def test_references(dtype):
     check_latents("cpu", 2, 3, 0, 40, 12, dtype, cached=False)
     check_halves("cpu", 3, 5, 24, 16, 40, 12, dtype)
     check_halves("cpu", 3, 2, 24, 128, 40, 12, dtype)
+    check_expand_splits("cpu", 2, 5, 3, 2, 128, 40, dtype)
     check_silu_mul("cpu", 3, 300, dtype)
 
 
@@ -295,6 +308,13 @@ def interpreted() -> None:
         check_latents("cpu", 2, 3, 136, 128, 32, dtype, cached=False)
         for M, H, N, V, C, R in ((1, 2, 128, 128, 512, 64), (3, 5, 24, 16, 40, 12), (17, 2, 16, 128, 72, 16)):
             check_halves("cpu", M, H, N, V, C, R, dtype)
+        for B, splits, S, H, V, C in (
+            (1, 2, 1, 2, 128, 72),
+            (1, 33, 1, 2, 16, 40),
+            (3, 7, 2, 2, 128, 40),
+            (1, 3, 3, 1, 40, 40),
+        ):
+            check_expand_splits("cpu", B, splits, S, H, V, C, dtype)
         for M, inter in ((1, 128), (3, 300), (7, 640)):
             check_silu_mul("cpu", M, inter, dtype)
         for M, H, N, V, R in ((1, 3, 24, 16, 8), (3, 17, 128, 128, 64)):
@@ -340,6 +360,14 @@ def test_gpu_halves(M, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("B", "splits", "S"), [(1, 2, 1), (1, 16, 1), (1, 64, 1), (1, 17, 2), (3, 5, 2), (7, 8, 1)])
+def test_gpu_expand_splits(B, splits, S, dtype):
+    for H, V, C in ((128, 128, 512), (16, 128, 512), (8, 64, 128), (5, 16, 40)):
+        check_expand_splits("cuda", B, splits, S, H, V, C, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("M", [*GPU_M, 9, 36864])
 def test_gpu_silu_mul(M, dtype):
     for inter in (2048, 256, 200) if M > 1000 else (18432, 10944, 2048, 1408, 512, 256, 200):
@@ -366,7 +394,7 @@ def test_gpu_references():
     for found, wanted in (
         (rotate_query_ref(q.cuda(), rotation.cuda()), rotate_query_ref(q.clone(), rotation)),
         (absorb_query_ref(q.cuda(), w[:, :64].cuda(), rotation.cuda()), absorb_query_ref(q, w[:, :64], rotation)),
-        (expand_value_ref(q.cuda(), w[:, :, :96].cuda()), expand_value_ref(q, w[:, :, :96])),
+        (expand_value_ref(q[:, None].cuda(), w[:, :, :96].cuda()), expand_value_ref(q[:, None], w[:, :, :96])),
     ):
         assert_sum(found.cpu(), wanted.double(), found.shape)
     place = torch.zeros(2, 5, 256 + 32), torch.arange(1), torch.arange(5)[None]
