@@ -380,11 +380,13 @@ def expand_value(
     elif H * V < 128 * 132:  # fewer programs than multiprocessors: narrower ones
         block_v = 32
     tokens = max(block_m // rows, 1)
+    # Several threads come to hold the same sum, which must not depend on whose product was left unrounded.
+    exact = {"enable_fp_fusion": False}
     out, values, scale = outputs(parts, (M, H * V), quantise, keep)
     expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, tokens))](
         parts.contiguous(), lse, w_uv, out, values, scale, M, S, splits, w_uv.stride(0), w_uv.stride(1), H, V, C,
         out is not None, quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", tokens, rows, block_v,
         32 if fp32 else 128, triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=4, num_stages=4 if on_hopper(parts.device) else 3, **pdl_options(parts.device),
+        num_warps=4, num_stages=4 if on_hopper(parts.device) else 3, **exact, **pdl_options(parts.device),
     )  # fmt: skip
     return result(out, values, scale)

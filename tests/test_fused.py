@@ -364,6 +364,11 @@ def test_gpu_halves(M, dtype):
 def test_gpu_expand_splits(B, splits, S, dtype):
     for H, V, C in ((128, 128, 512), (16, 128, 512), (8, 64, 128), (5, 16, 40)):
         check_expand_splits("cuda", B, splits, S, H, V, C, dtype)
+    parts, w = random(B, splits, S, 128, 512, dtype=dtype).cuda(), random(128, 128, 512, dtype=dtype, seed=1).cuda()
+    left = Splits(parts, random(B, splits, S, 128, seed=2).cuda())
+    first = expand_value(left, w)
+    for _ in range(20):
+        assert torch.equal(expand_value(left, w), first)
 
 
 @pytest.mark.gpu

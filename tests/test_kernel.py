@@ -25,6 +25,7 @@ from kernel import (
     Tiles,
     act_quant,
     act_quant_ref,
+    are_few,
     choose_tiles,
     fp8_gemm,
     fp8_gemm_ref,
@@ -279,7 +280,9 @@ def test_tiles_fit(format):
             continue
         N, m_tiles = inter * (1 if gated else 3), 200 if grouped else cdiv(tokens, 64)
         tiles = choose_tiles(tokens, m_tiles, N, 32, bool(gated), format == "wide", bool(grouped))
-        row_of_x, row_of_w = 256 if format == "w8a16" else 128, 128  # bytes that a step along K takes
+        few = are_few(tokens, bool(grouped))
+        row_of_w = 256 if few and format == "wide" else 128  # bytes that a step along K takes
+        row_of_x = max(row_of_w, 256 if format == "w8a16" else 128)
         stage = tiles.block_m * row_of_x + (1 + gated) * tiles.block_n * row_of_w
         assert stage * tiles.stages <= 227 << 10, (tokens, gated, grouped, tiles)
         assert (1 + gated) * tiles.block_m * tiles.block_n <= 128 * 32 * tiles.warps, (tokens, gated, grouped, tiles)
