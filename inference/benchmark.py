@@ -14,28 +14,83 @@ Decoding is timed twice: "device" is the model's pass alone, back to back; "engi
 the loop around it included. The last line of the output is the same as one JSON object.
 """
 
-# ruff: noqa: E402  (the clock starts before the imports that take seconds)
+# ruff: noqa: E402  (the clock starts, and flags are answered, before the imports that take seconds)
 from __future__ import annotations
 
 import time
 
 STARTED = time.perf_counter()
 
-from errors import Arguments, InputError, interrupts_end_it, is_first, positive, run_command
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from config import GEMMS, MAX_DRAFTS, PREFILL_CHUNK
+from errors import Arguments, InputError, answer_flags, is_first, positive, run_command
+
+
+def batch_of_prompts(text: str) -> tuple[int, int]:
+    """ "8x1024" -> (8, 1024)."""
+    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
+    if not match:
+        raise InputError(f"--prefill {text!r}: wanted ROWSxTOKENS, such as 8x1024")
+    return int(match[1]), int(match[2])
+
+
+def parse_arguments() -> Namespace:
+    parser = Arguments(description="Decode and prefill speed against the floor; or every kernel's.")
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="FILE", help="model config; with --dummy-weights")
+    what.add_argument("--ckpt-path", type=Path, metavar="DIR", help="checkpoint: its real weights")
+    what.add_argument("--kernels", action="store_true", help="time the kernels alone, against the peers' figures")
+    add("--dummy-weights", action="store_true", help="random weights, made on the device")
+    add("--n-layers", type=positive, metavar="N", help="cut the model to its first N layers (dummy weights)")
+    add("--batch-size", type=positive, nargs="*", default=[1, 8, 64], metavar="N", help="decode cases (1 8 64)")
+    add("--prompt-len", type=positive, nargs="+", default=[1024], metavar="N", help="tokens cached (1024)")
+    add("--prefill", type=batch_of_prompts, nargs="*", default=[(8, 1024), (1, 8000)], metavar="ROWSxTOKENS")
+    add("--mtp", type=int, default=0, metavar="N", help="drafted tokens a step (default 0)")
+    add("--accept-rate", type=float, metavar="P", help="share of drafts accepted; by default what the model accepts")
+    add("--steps", type=positive, default=20, metavar="N", help="decode steps of a timing (default 20)")
+    add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch the kernels one by one")
+    add("--max-seq-len", type=positive, metavar="N", help="tokens of a row of the cache (default: what a case needs)")
+    add("--prefill-chunk", type=positive, default=PREFILL_CHUNK, metavar="N", help="prompt tokens a pass")
+    add("--gemm", choices=GEMMS, default="auto", help="arithmetic of FP8 weights (default auto)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
+    add("--alone-of", type=positive, metavar="N", help="one rank of N by itself, without the sums (dummy weights)")
+    add("--profile", type=Path, metavar="FILE", help="chrome traces of a decode case and of prefill, top kernels")
+    options = parser.parse_args()
+    options.traces = []
+    if options.config and not options.dummy_weights:
+        raise InputError("--config names no weights: add --dummy-weights, or give --ckpt-path")
+    if not options.batch_size and not options.prefill:
+        raise InputError("--batch-size and --prefill name no case: there is nothing to time")
+    if options.n_layers and not options.dummy_weights:
+        raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
+    if options.alone_of and not options.dummy_weights:
+        raise InputError("--alone-of is for dummy weights: what a lone rank makes of real ones means nothing")
+    if options.alone_of == 1:
+        raise InputError("--alone-of 1: one rank is alone without it")
+    if not 0 <= options.mtp <= MAX_DRAFTS:
+        raise InputError(f"--mtp {options.mtp}: wanted 0 to {MAX_DRAFTS}")
+    if options.profile and (options.profile.is_dir() or not options.profile.parent.is_dir()):
+        raise InputError(f"--profile {options.profile}: not a file that could be written")
+    if options.accept_rate is not None and not (0 <= options.accept_rate <= 1 and options.mtp):
+        raise InputError(f"--accept-rate {options.accept_rate}: wanted 0 to 1, and --mtp")
+    return options
+
 
 if __name__ == "__main__":
-    interrupts_end_it()
+    answer_flags(parse_arguments)
 
-import argparse
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,14 +98,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmark_kernels import PEERS, captured, figure, run_kernels, time_of
 from checkpoint import Checkpoint, check_split, load_model
-from config import GEMMS, MAX_DRAFTS, ModelArgs
+from config import ModelArgs
 from dummy import fill_dummy
 from engine import Engine, Request
 from fused import add_rms_norm, argmax
 from llm import allocate, weights_in_memory
 from model import Gate, Transformer
 from parallel import Parallel, choose_device, join_ranks, leave_ranks
-from plan import PREFILL_CHUNK, decode_bytes, experts_hit, floor_seconds, prefill_flops, table
+from plan import decode_bytes, experts_hit, floor_seconds, prefill_flops, table
 from sampling import ACCEPT, Sampling, SamplingParams, uniform, verify
 
 WARM_STEPS = 3
@@ -82,7 +137,7 @@ class LoneRank(Parallel):
 class Bench:
     """A model ready to run, and how it came to be."""
 
-    options: argparse.Namespace
+    options: Namespace
     args: ModelArgs
     model: Transformer
     parallel: Parallel
@@ -99,7 +154,7 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def build(options: argparse.Namespace) -> Bench:
+def build(options: Namespace) -> Bench:
     """Raises InputError for options that contradict each other, and a model that does not fit."""
     startup = {"import": time.perf_counter() - STARTED}
     checkpoint = Checkpoint(options.ckpt_path) if options.ckpt_path else None
@@ -135,12 +190,12 @@ def build(options: argparse.Namespace) -> Bench:
     return bench
 
 
-def decode_length(options: argparse.Namespace, length: int) -> int:
+def decode_length(options: Namespace, length: int) -> int:
     """Tokens of a row of the cache for decoding at `length`: with those of all steps."""
     return length + (WARM_STEPS + options.steps + 4) * (1 + options.mtp)
 
 
-def largest_case(options: argparse.Namespace, args: ModelArgs) -> tuple[int, int]:
+def largest_case(options: Namespace, args: ModelArgs) -> tuple[int, int]:
     """Rows and tokens of the case whose cache is the largest. Raises InputError for one that the model cannot have."""
     cases = [("--prefill", rows, length + 1) for rows, length in options.prefill]
     if options.batch_size:
@@ -404,58 +459,6 @@ def report(results: list[Result]) -> str:
     names = [name for name in names if any(getattr(r, name) is not None for r in results)]
     rows = [("", *(name.replace("_per_", "/").replace("_", " ") for name in names))]
     return table(rows + [(r.case, *(figure(getattr(r, name)) for name in names)) for r in results])
-
-
-def batch_of_prompts(text: str) -> tuple[int, int]:
-    """ "8x1024" -> (8, 1024)."""
-    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
-    if not match:
-        raise InputError(f"--prefill {text!r}: wanted ROWSxTOKENS, such as 8x1024")
-    return int(match[1]), int(match[2])
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Arguments(description="Decode and prefill speed against the floor; or every kernel's.")
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, metavar="FILE", help="model config; with --dummy-weights")
-    what.add_argument("--ckpt-path", type=Path, metavar="DIR", help="checkpoint: its real weights")
-    what.add_argument("--kernels", action="store_true", help="time the kernels alone, against the peers' figures")
-    add("--dummy-weights", action="store_true", help="random weights, made on the device")
-    add("--n-layers", type=positive, metavar="N", help="cut the model to its first N layers (dummy weights)")
-    add("--batch-size", type=positive, nargs="*", default=[1, 8, 64], metavar="N", help="decode cases (1 8 64)")
-    add("--prompt-len", type=positive, nargs="+", default=[1024], metavar="N", help="tokens cached (1024)")
-    add("--prefill", type=batch_of_prompts, nargs="*", default=[(8, 1024), (1, 8000)], metavar="ROWSxTOKENS")
-    add("--mtp", type=int, default=0, metavar="N", help="drafted tokens a step (default 0)")
-    add("--accept-rate", type=float, metavar="P", help="share of drafts accepted; by default what the model accepts")
-    add("--steps", type=positive, default=20, metavar="N", help="decode steps of a timing (default 20)")
-    add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch the kernels one by one")
-    add("--max-seq-len", type=positive, metavar="N", help="tokens of a row of the cache (default: what a case needs)")
-    add("--prefill-chunk", type=positive, default=PREFILL_CHUNK, metavar="N", help="prompt tokens a pass")
-    add("--gemm", choices=GEMMS, default="auto", help="arithmetic of FP8 weights (default auto)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
-    add("--alone-of", type=positive, metavar="N", help="one rank of N by itself, without the sums (dummy weights)")
-    add("--profile", type=Path, metavar="FILE", help="chrome traces of a decode case and of prefill, top kernels")
-    options = parser.parse_args()
-    options.traces = []
-    if options.config and not options.dummy_weights:
-        raise InputError("--config names no weights: add --dummy-weights, or give --ckpt-path")
-    if not options.batch_size and not options.prefill:
-        raise InputError("--batch-size and --prefill name no case: there is nothing to time")
-    if options.n_layers and not options.dummy_weights:
-        raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
-    if options.alone_of and not options.dummy_weights:
-        raise InputError("--alone-of is for dummy weights: what a lone rank makes of real ones means nothing")
-    if options.alone_of == 1:
-        raise InputError("--alone-of 1: one rank is alone without it")
-    if not 0 <= options.mtp <= MAX_DRAFTS:
-        raise InputError(f"--mtp {options.mtp}: wanted 0 to {MAX_DRAFTS}")
-    if options.profile and (options.profile.is_dir() or not options.profile.parent.is_dir()):
-        raise InputError(f"--profile {options.profile}: not a file that could be written")
-    if options.accept_rate is not None and not (0 <= options.accept_rate <= 1 and options.mtp):
-        raise InputError(f"--accept-rate {options.accept_rate}: wanted 0 to 1, and --mtp")
-    return options
 
 
 def main() -> None:

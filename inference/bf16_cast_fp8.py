@@ -9,23 +9,38 @@ its weight as `weight_scale_inv`; all other tensors keep type and value. `--scal
 two, as V3.1 has them. Run again after an interruption, it goes on where it stopped (see conversion.py).
 """
 
+# ruff: noqa: E402  (flags are answered before the imports that take seconds)
 from __future__ import annotations
 
-from errors import Arguments, InputError, interrupts_end_it, run_command
+from argparse import Namespace
+from pathlib import Path
+
+from config import BLOCK_SIZE, UE8M0
+from errors import Arguments, InputError, answer_flags, run_command
+
+
+def parse_arguments() -> Namespace:
+    parser = Arguments(description="Cast a BF16 Hugging Face checkpoint to FP8 in 128 x 128 blocks.")
+    add = parser.add_argument
+    add("--input-bf16-hf-path", type=Path, required=True, help="BF16 folder")
+    add("--output-fp8-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")
+    add("--scale-fmt", choices=(UE8M0,), help="scales rounded up to powers of two (V3.1)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
+    return parser.parse_args()
+
 
 if __name__ == "__main__":
-    interrupts_end_it()
+    answer_flags(parse_arguments)
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from checkpoint import tensor_specs
-from config import BLOCK_SIZE
 from conversion import Piece, Reader, open_hf
 from fp8_cast_bf16 import SCALE, cast_folder, dequantise
-from kernel import E4M3, MIN_AMAX, UE8M0, weight_quant
+from kernel import E4M3, MIN_AMAX, weight_quant
 from parallel import choose_device
 
 
@@ -82,14 +97,7 @@ def cast(source: Path, target: Path, device: torch.device, scale_fmt: str | None
 
 
 def main() -> None:
-    parser = Arguments(description="Cast a BF16 Hugging Face checkpoint to FP8 in 128 x 128 blocks.")
-    add = parser.add_argument
-    add("--input-bf16-hf-path", type=Path, required=True, help="BF16 folder")
-    add("--output-fp8-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")
-    add("--scale-fmt", choices=(UE8M0,), help="scales rounded up to powers of two (V3.1)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
-    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
-    args = parser.parse_args()
+    args = parse_arguments()
     device = torch.device(choose_device(args.device))
     cast(args.input_bf16_hf_path, args.output_fp8_hf_path, device, args.scale_fmt, args.verify)
 

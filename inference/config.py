@@ -11,9 +11,11 @@ from typing import Any, Literal, get_args, get_type_hints
 from errors import InputError
 
 MAX_JSON_BYTES = 100_000_000  # the index of DeepSeek-V3 has 9 MB
+UE8M0 = "ue8m0"  # the format of scales that are powers of two
 BLOCK_SIZE = 128  # weights have one scale per BLOCK_SIZE x BLOCK_SIZE block, activations one per token and BLOCK_SIZE
 GEMMS = "auto", "fp8", "w8a16", "bf16"  # ways to multiply with FP8 weights
 MAX_DRAFTS = 16
+PREFILL_CHUNK = 4096  # prompt tokens a pass, unless another number is asked for
 
 ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
 MODEL_TYPES = {

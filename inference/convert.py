@@ -11,16 +11,41 @@ are unchanged, so the way back gives the same tensors, bit for bit:
 Run again after an interruption, either goes on where it stopped (see conversion.py).
 """
 
+# ruff: noqa: E402  (flags are answered before the imports that take seconds)
 from __future__ import annotations
 
-from errors import Arguments, InputError, interrupts_end_it, positive, run_command
+from argparse import Namespace
+from pathlib import Path
+
+from errors import Arguments, InputError, answer_flags, positive, run_command
+
+
+def parse_arguments() -> Namespace:
+    parser = Arguments(description="Convert a Hugging Face checkpoint into one file per rank, and back.")
+    add = parser.add_argument
+    add("--hf-ckpt-path", type=Path, metavar="DIR", help="folder as downloaded from Hugging Face")
+    add("--save-path", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or to go on with")
+    add("--model-parallel", type=positive, metavar="N", help="number of ranks")
+    add("--n-experts", type=positive, metavar="N", help="checked against the config when given")
+    add("--expert-parallel", action="store_true", help="whole experts per rank, not slices of each")
+    add("--to-hf", action="store_true", help="the way back, from --shards-path")
+    add("--shards-path", type=Path, metavar="DIR", help="with --to-hf: folder that convert.py wrote")
+    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
+    args = parser.parse_args()
+    forward = args.hf_ckpt_path, args.model_parallel
+    if args.to_hf:
+        if args.shards_path is None or any((*forward, args.n_experts, args.expert_parallel)):
+            parser.error("--to-hf takes --shards-path, --save-path and --verify, and nothing else")
+    elif None in forward or args.shards_path is not None:
+        parser.error("--hf-ckpt-path and --model-parallel are required, or --to-hf with --shards-path")
+    return args
+
 
 if __name__ == "__main__":
-    interrupts_end_it()
+    answer_flags(parse_arguments)
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -211,25 +236,10 @@ def skipped(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = Arguments(description="Convert a Hugging Face checkpoint into one file per rank, and back.")
-    add = parser.add_argument
-    add("--hf-ckpt-path", type=Path, metavar="DIR", help="folder as downloaded from Hugging Face")
-    add("--save-path", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or to go on with")
-    add("--model-parallel", type=positive, metavar="N", help="number of ranks")
-    add("--n-experts", type=positive, metavar="N", help="checked against the config when given")
-    add("--expert-parallel", action="store_true", help="whole experts per rank, not slices of each")
-    add("--to-hf", action="store_true", help="the way back, from --shards-path")
-    add("--shards-path", type=Path, metavar="DIR", help="with --to-hf: folder that convert.py wrote")
-    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
-    args = parser.parse_args()
-    forward = args.hf_ckpt_path, args.model_parallel
+    args = parse_arguments()
     if args.to_hf:
-        if args.shards_path is None or any((*forward, args.n_experts, args.expert_parallel)):
-            parser.error("--to-hf takes --shards-path, --save-path and --verify, and nothing else")
         to_hf(args.shards_path, args.save_path, args.verify)
     else:
-        if None in forward or args.shards_path is not None:
-            parser.error("--hf-ckpt-path and --model-parallel are required, or --to-hf with --shards-path")
         flags = args.model_parallel, args.expert_parallel, args.n_experts, args.verify
         convert(args.hf_ckpt_path, args.save_path, *flags)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from config import PREFILL_CHUNK
 from decode import Decoder, Flight, TokenLogprobs
 from errors import InputError
 from model import Transformer
@@ -81,7 +82,7 @@ class Engine:
         max_seq_len: int,
         stop_ids: frozenset[int] = frozenset(),
         n_drafts: int = 0,
-        prefill_chunk: int = 4096,
+        prefill_chunk: int = PREFILL_CHUNK,
         keep_prefix: bool = False,
         cuda_graph: bool = True,
         run_ahead: bool | None = None,

@@ -47,12 +47,18 @@ def interrupts_end_it() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def answer_flags(parse: Callable[[], object]) -> None:
+    """A command's first act: --help and wrong flags do not wait for imports of seconds, nor does Ctrl-C amid these."""
+    run_command(parse)
+    interrupts_end_it()
+
+
 def drop_output() -> None:
     """What is still to be written to stdout, where nobody reads it any more, goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """
     Run a command's `main`: InputError -> one line on stderr, exit 2; Ctrl-C -> exit 130; a rank that is gone -> one
     line, exit 1; the rest is a bug.

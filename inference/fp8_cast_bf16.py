@@ -8,15 +8,29 @@ Every FP8 weight becomes weight * scale in BF16 and its scale is dropped; all ot
 keep their names and their tensors. Run again after an interruption, it goes on where it stopped (see conversion.py).
 """
 
+# ruff: noqa: E402  (flags are answered before the imports that take seconds)
 from __future__ import annotations
 
-from errors import Arguments, InputError, interrupts_end_it, run_command
+from argparse import Namespace
+from pathlib import Path
+
+from errors import Arguments, InputError, answer_flags, run_command
+
+
+def parse_arguments() -> Namespace:
+    parser = Arguments(description="Cast an FP8 Hugging Face checkpoint to BF16.")
+    add = parser.add_argument
+    add("--input-fp8-hf-path", type=Path, required=True, help="folder as downloaded")
+    add("--output-bf16-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
+    return parser.parse_args()
+
 
 if __name__ == "__main__":
-    interrupts_end_it()
+    answer_flags(parse_arguments)
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,13 +158,7 @@ def dequantise(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = Arguments(description="Cast an FP8 Hugging Face checkpoint to BF16.")
-    add = parser.add_argument
-    add("--input-fp8-hf-path", type=Path, required=True, help="folder as downloaded")
-    add("--output-bf16-hf-path", type=Path, required=True, help="folder to write: new, empty, or to go on with")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
-    add("--verify", action="store_true", help="then read both folders again and compare; of a finished one, only that")
-    args = parser.parse_args()
+    args = parse_arguments()
     device = torch.device(choose_device(args.device))
     cast(args.input_fp8_hf_path, args.output_bf16_hf_path, device, args.verify)
 

@@ -19,7 +19,7 @@ from argparse import Namespace
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from config import GEMMS, MAX_DRAFTS
+from config import GEMMS, MAX_DRAFTS, PREFILL_CHUNK
 
 # Matrices of this width are multiplied before a second CPU thread has woken up: the tiny model decodes at 170 tokens/s
 # with one thread and 90 with two (EPYC, 2 cores).
@@ -58,7 +58,8 @@ def parse_arguments() -> Namespace:
     add("--system", metavar="TEXT", help="system message of every conversation")
     add("--max-seq-len", type=positive, metavar="N", help="tokens of prompt and completion the cache holds")
     add("--max-batch-size", type=positive, metavar="N", help="rows of the cache (default: the config's; chat: 1)")
-    add("--prefill-chunk", type=positive, default=4096, metavar="N", help="prompt tokens a pass (default 4096)")
+    chunk = f"prompt tokens a pass (default {PREFILL_CHUNK})"
+    add("--prefill-chunk", type=positive, default=PREFILL_CHUNK, metavar="N", help=chunk)
     add("--mtp", type=int, metavar="N", help="drafted tokens a step (default: one per MTP module; 0 is off)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--gemm", choices=GEMMS, default="auto", help="arithmetic of FP8 weights (default auto)")

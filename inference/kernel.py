@@ -19,13 +19,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from config import BLOCK_SIZE
+from config import BLOCK_SIZE, UE8M0
 from gpu import capability, cdiv, counters, has_e4m3, on_hopper, pdl_options
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 MIN_AMAX = 1e-4  # keeps the scale of an all-zero group away from 0
-UE8M0 = "ue8m0"
 W8A16 = "w8a16"  # in place of a scale format: activations are not quantised
 FROM_THREADS = threading.Lock()  # two threads that launch a kernel for the first time would both compile and load it
 

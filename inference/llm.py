@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from checkpoint import Checkpoint, load_model, tensor_specs
-from config import GEMMS, MAX_DRAFTS, ModelArgs
+from config import GEMMS, MAX_DRAFTS, PREFILL_CHUNK, ModelArgs
 from engine import Engine, Request, Stats, TokenLogprobs
 from errors import InputError
 from gpu import has_e4m3
 from model import Transformer
 from parallel import Parallel, choose_device, join_ranks
-from plan import PREFILL_CHUNK, Memory, cache_length, memory
+from plan import Memory, cache_length, memory
 from sampling import SamplingParams
 from text import Message, StopStrings, StreamDecoder, check_messages, encode, load_tokenizer, stop_ids
 

@@ -7,33 +7,56 @@ milliseconds a token can take. No weight is read.
 GB are 10^9 bytes. Every figure is of the tensors that checkpoint.py lists; generate.py refuses by the same ones.
 """
 
+# ruff: noqa: E402  (flags are answered before the imports that take seconds)
 from __future__ import annotations
 
-from errors import Arguments, InputError, interrupts_end_it, run_command
-
-if __name__ == "__main__":
-    interrupts_end_it()
-
-import argparse
-import functools
-import math
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
-from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
-from config import BLOCK_SIZE, ModelArgs
-from gpu import cdiv
-from model import compute_dtype
-from parallel import Parallel
+from errors import Arguments, InputError, answer_flags, run_command
 
 DEFAULT_MAX_SEQ_LEN = 16384  # where neither the user nor the prompts say; at 70 KB a token V3's cache is 1.1 GB a row
-PREFILL_CHUNK = 4096  # generate.py's default
 SAMPLING_BYTES = 80  # a logit, with top-p: 40 (measured), and as much again in the memory of the CUDA graphs
 BANDWIDTH = 4.30  # TB/s that a copy reaches on an H200, measured
 FP8_PFLOPS, BF16_PFLOPS = 1.2, 0.767  # what the best dense GEMMs reach there, measured
 NODE = 8  # GPUs: more ranks than this come in whole nodes
+
+
+def parse_arguments() -> Namespace:
+    parser = Arguments(description="What a model takes: memory, disk, GPUs, time a token. Loads nothing.")
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", type=Path, metavar="FILE", help="model config, ours or Hugging Face's")
+    model.add_argument("--ckpt-path", type=Path, metavar="DIR", help="checkpoint; its headers are checked too")
+    add("--model-parallel", type=int, metavar="N", help="ranks (default: those the checkpoint was converted for, or 1)")
+    add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
+    add("--max-batch-size", type=int, metavar="N", help="rows of the cache (default: the config's)")
+    add("--max-seq-len", type=int, metavar="N", help=f"tokens of a row (default {DEFAULT_MAX_SEQ_LEN} or the config's)")
+    add("--gpu-memory", type=float, metavar="GB", help="say whether a rank fits in this")
+    bandwidth = f"of memory (default {BANDWIDTH}, an H200's)"
+    add("--bandwidth", type=float, default=BANDWIDTH, metavar="TB_PER_S", help=bandwidth)
+    args = parser.parse_args()
+    for name in ("model_parallel", "max_batch_size", "max_seq_len", "gpu_memory", "bandwidth"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 2**31:
+            raise InputError(f"--{name.replace('_', '-')} {value}: wanted a positive number below 2^31")
+    return args
+
+
+if __name__ == "__main__":
+    answer_flags(parse_arguments)
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
+
+from checkpoint import MAX_RANKS, Checkpoint, TensorSpec, check_split, shard_shape, tensor_specs
+from config import BLOCK_SIZE, PREFILL_CHUNK, ModelArgs
+from gpu import cdiv
+from model import compute_dtype
+from parallel import Parallel
 
 # Part of the model -> what the names of its tensors contain, the first that fits.
 PARTS = {
@@ -314,27 +337,6 @@ def fit(args: ModelArgs, mp: int, expert_parallel: bool, working: list[int], gpu
     enough = next((n for n in working if n > mp and spare(n) >= 0), None)
     advice = "no number of ranks is enough" if enough is None else f"--model-parallel {enough} is enough"
     return f"does not fit in {gpu_memory:g} GB, {-left:.1f} GB too much: {advice}"
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Arguments(description="What a model takes: memory, disk, GPUs, time a token. Loads nothing.")
-    add = parser.add_argument
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--config", type=Path, metavar="FILE", help="model config, ours or Hugging Face's")
-    model.add_argument("--ckpt-path", type=Path, metavar="DIR", help="checkpoint; its headers are checked too")
-    add("--model-parallel", type=int, metavar="N", help="ranks (default: those the checkpoint was converted for, or 1)")
-    add("--expert-parallel", action="store_true", help="whole experts per rank instead of a slice of each")
-    add("--max-batch-size", type=int, metavar="N", help="rows of the cache (default: the config's)")
-    add("--max-seq-len", type=int, metavar="N", help=f"tokens of a row (default {DEFAULT_MAX_SEQ_LEN} or the config's)")
-    add("--gpu-memory", type=float, metavar="GB", help="say whether a rank fits in this")
-    bandwidth = f"of memory (default {BANDWIDTH}, an H200's)"
-    add("--bandwidth", type=float, default=BANDWIDTH, metavar="TB_PER_S", help=bandwidth)
-    args = parser.parse_args()
-    for name in ("model_parallel", "max_batch_size", "max_seq_len", "gpu_memory", "bandwidth"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < 2**31:
-            raise InputError(f"--{name.replace('_', '-')} {value}: wanted a positive number below 2^31")
-    return args
 
 
 def main() -> None:

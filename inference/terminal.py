@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from errors import InputError
@@ -63,9 +64,9 @@ class Terminal:
             sys.stdin.reconfigure(errors="surrogateescape")  # a strict decoder loses the lines after a bad one, too
         self.old_handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
         signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of __exit__
         if self.is_tty:
             self.saved = termios.tcgetattr(sys.stdin)
+            self._end_by_sigterm()
             quiet = termios.tcgetattr(sys.stdin)
             quiet[6][termios.VINTR] = b"\0"  # no key interrupts; Ctrl-\ still ends a program that hangs
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
@@ -80,10 +81,35 @@ class Terminal:
         for number, handler in self.old_handlers:
             signal.signal(number, handler)
         if self.is_tty:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
-            readline.set_history_length(1000)
-            with contextlib.suppress(OSError):
-                readline.write_history_file(HISTORY)
+            os.close(signal.set_wakeup_fd(self.old_wakeup))
+            self._restore()
+
+    def _restore(self) -> None:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
+        readline.set_history_length(1000)
+        with contextlib.suppress(OSError):
+            readline.write_history_file(HISTORY)
+
+    def _end_by_sigterm(self) -> None:
+        """
+        From now on SIGTERM, which torchrun sends when another rank has died, restores the terminal and ends this one.
+        Not by a handler: Python's wait for the main thread, and that may wait for the dead rank for ever.
+        """
+        signals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        self.old_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+        def wait() -> None:
+            with os.fdopen(signals, "rb", buffering=0) as arriving:
+                while number := arriving.read(1):
+                    if number[0] == signal.SIGTERM:
+                        try:
+                            self._restore()
+                        finally:
+                            os._exit(128 + signal.SIGTERM)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.signalled = True

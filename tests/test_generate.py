@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -400,21 +401,47 @@ def test_a_chat_needs_a_keyboard(monkeypatch):
         Terminal()
 
 
-def test_the_terminal_is_restored_when_the_job_is_ended(terminal, monkeypatch, tmp_path):
-    """torchrun ends the ranks with SIGTERM when one of them dies."""
+def test_the_terminal_is_restored_when_the_job_is_ended(terminal, tmp_path):
+    """torchrun ends the ranks with SIGTERM when one of them dies, for which rank 0 may be waiting amid a collective."""
+    program = f"""import sys; sys.path[:0] = [{str(INFERENCE)!r}]
+import ctypes
+from terminal import Terminal
+with Terminal():
+    pass
+with Terminal():
+    print("ready", flush=True)
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex), lock(mutex)"""
     _, slave = terminal
+    before = termios.tcgetattr(slave)
+    argv, env = [sys.executable, "-c", program], os.environ | {"HOME": str(tmp_path)}
+    with subprocess.Popen(argv, stdin=slave, stdout=subprocess.PIPE, env=env) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n" and termios.tcgetattr(slave) != before
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert termios.tcgetattr(slave) == before and (tmp_path / ".deepseek_v3_history").exists()
+
+
+def test_signals_are_handled_as_before_after_a_chat(terminal, monkeypatch, tmp_path):
     monkeypatch.setattr("terminal.HISTORY", tmp_path / "history")
-    with open(slave, closefd=False) as keyboard:
+
+    def state() -> tuple:
+        files = len(os.listdir("/proc/self/fd"))
+        return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), files, threading.active_count()
+
+    with open(terminal[1], closefd=False) as keyboard:
         monkeypatch.setattr(sys, "stdin", keyboard)
-        before = termios.tcgetattr(slave)
-        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-        with pytest.raises(SystemExit) as ended, Terminal():
-            assert termios.tcgetattr(slave) != before
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        assert ended.value.code == 128 + signal.SIGTERM
-        assert termios.tcgetattr(slave) == before
-        assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+        before = state()
+        with Terminal() as chat:
+            assert all(was != now for was, now in zip(before, state(), strict=True))
+        deadline = time.monotonic() + 5
+        while state() != before:  # its thread has to notice
+            assert time.monotonic() < deadline
+    assert signal.set_wakeup_fd(-1) == chat.old_wakeup == -1
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------
@@ -898,3 +925,16 @@ os.kill(os.getpid(), signal.SIGINT)"""
     for argv, code, message in (([], -signal.SIGINT, ""), (["in main"], 130, "interrupted\n")):
         done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (code, message)
+
+
+COMMANDS = ["generate", "convert", "fp8_cast_bf16", "bf16_cast_fp8", "plan", "benchmark"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_answered_before_slow_imports(command, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    argv, env = [sys.executable, str(INFERENCE / f"{command}.py")], os.environ | {"PYTHONPATH": str(tmp_path)}
+    shown = subprocess.run([*argv, "--help"], env=env, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"usage: {command}.py")
+    wrong = subprocess.run([*argv, "--no-such-flag"], env=env, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1, wrong
