@@ -346,6 +346,9 @@ def main() -> None:
         checkpoint = Checkpoint(options.ckpt_path)
         model, mp = checkpoint.args, mp or checkpoint.mp
         expert_parallel = expert_parallel or checkpoint.expert_parallel
+        if checkpoint.kind != "hf" and mp != checkpoint.mp:
+            made = f"{options.ckpt_path} was converted for {checkpoint.mp} ranks"
+            raise InputError(f"--model-parallel {mp}: {made}; leave the flag out, or give the folder it was made from")
         checkpoint.check(mp, 0, expert_parallel)
     else:
         model, mp = ModelArgs.load(options.config), mp or 1
