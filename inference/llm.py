@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from checkpoint import Checkpoint, load_model, tensor_specs
 from config import GEMMS, MAX_DRAFTS, PREFILL_CHUNK, ModelArgs
@@ -25,6 +25,9 @@ from parallel import Parallel, choose_device, join_ranks
 from plan import Memory, cache_length, memory
 from sampling import SamplingParams
 from text import Message, StopStrings, StreamDecoder, check_messages, encode, load_tokenizer, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Prompt = str | Sequence[int] | list[Message]
 

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any
 
 from config import read_json
 from errors import InputError
+
+if TYPE_CHECKING:  # a second to import; what needs no text should not wait for it
+    from transformers import PreTrainedTokenizerFast
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -22,6 +22,9 @@ ROLES = ("system", "user", "assistant")
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The folder's tokenizer.json. Never runs code from the folder. Raises InputError when there is none that works."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json; copy the tokenizer files of the model there")

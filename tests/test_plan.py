@@ -210,7 +210,7 @@ def test_checkpoint_folders(run, small, tmp_path):
 
 
 def test_transformers_is_not_imported():
-    code = "import sys, plan; plan.main(); assert 'transformers' not in sys.modules"
+    code = "import sys, llm, plan; plan.main(); assert 'transformers' not in sys.modules"
     argv = [sys.executable, "-c", code, "--config", str(config("16B"))]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "inference")}
     process = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=100)
