@@ -31,7 +31,9 @@ from many_queries import SIDE, launch_many_queries, takes
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
-MERGED_ROWS = 64  # splits, a power of two of them for each token, that expand_value_kernel merges
+# Where there are more rows than one program of expand_value_kernel takes, a power of two of splits for each token,
+# merge_kernel merges them.
+MERGED_ROWS = 64
 
 
 def padded(n: int) -> int:
@@ -228,11 +230,11 @@ def latent_attention_kernel(
     """
     One program: BLOCK_M of a row's S * H queries (token and head), over one of the equal splits of the keys they see.
 
-    With MERGE it leaves its split's result in fp32 with lse = m + log2(total), to be merged; else there is one split.
-    Up to about 64 queries a key, bound by reading the cache, 2 (C + R) bytes a key (95 % of an H200's bandwidth for 128
-    rows of 4,096 keys, but 4 % for one of 1,024: latency); beyond, by the tensor cores, 2 (2 C + R) operations a query
-    and key. SWAP makes the keys the rows of both products: those come in 64s on the
-    tensor cores, and decoding has fewer queries.
+    With MERGE it leaves its split's result with lse = m + log2(total), to be merged; else there is one split. Up to
+    about 64 queries a key, bound by reading the cache, 2 (C + R) bytes a key (on an H200, 95 % of the bandwidth for 128
+    rows of 4,096 keys; for one of 1,024, merge included, 4 %: latency); beyond, by the tensor cores, 2 (2 C + R)
+    operations a query and key. SWAP makes the keys the rows of both products: those come in 64s on the tensor cores,
+    and decoding has fewer queries.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -48,7 +48,10 @@ def interrupts_end_it() -> None:
 
 
 def answer_flags(parse: Callable[[], object]) -> None:
-    """A command's first act: --help and wrong flags do not wait for imports of seconds, nor does Ctrl-C amid these."""
+    """
+    A command's first act: --help and wrong flags do not wait for imports of seconds, nor does Ctrl-C amid these. What
+    the flags say is parsed again by the command's main.
+    """
     run_command(parse)
     interrupts_end_it()
 

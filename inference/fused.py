@@ -143,7 +143,7 @@ def add_rms_norm_kernel(
 ):  # fmt: skip
     """
     One program: one token, as [GROUPS, 128]. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written: at
-    83 % of an H200's bandwidth for 8,192 tokens and 9 terms. For one token 3 us of a step, latency.
+    83 % of an H200's bandwidth for 8,192 tokens and 9 terms. For one token 3 us, latency.
 
     With WORLD ranks each stores the sum of its own terms, and adds those of all in the ranks' order.
     """

@@ -234,7 +234,7 @@ def route_kernel(
 ):  # fmt: skip
     """
     One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too. 3 us
-    of an H200's step, latency: choosing is K searches for the largest, one after the other.
+    on an H200, latency: choosing is K searches for the largest, one after the other.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -78,22 +78,25 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.is_tty:
+            self._restore()
         for number, handler in self.old_handlers:
             signal.signal(number, handler)
         if self.is_tty:
             os.close(signal.set_wakeup_fd(self.old_wakeup))
-            self._restore()
 
     def _restore(self) -> None:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
         readline.set_history_length(1000)
-        with contextlib.suppress(OSError):
-            readline.write_history_file(HISTORY)
+        try:
+            with contextlib.suppress(OSError):
+                readline.write_history_file(HISTORY)
+        finally:  # last: at SIGTERM the main thread may be setting it meanwhile
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
 
     def _end_by_sigterm(self) -> None:
         """
-        From now on SIGTERM, which torchrun sends when another rank has died, restores the terminal and ends this one.
-        Not by a handler: Python's wait for the main thread, and that may wait for the dead rank for ever.
+        From now on SIGTERM, which torchrun sends when another rank has died, restores the terminal and ends this
+        process. Not by a handler: Python's wait for the main thread, and that may wait for the dead rank for ever.
         """
         signals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)

@@ -22,14 +22,14 @@ ROLES = ("system", "user", "assistant")
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The folder's tokenizer.json. Never runs code from the folder. Raises InputError when there is none that works."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
-
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json; copy the tokenizer files of the model there")
     if (folder / "tokenizer_config.json").is_file():
         read_json(folder / "tokenizer_config.json")
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
     logging.set_verbosity_error()  # the released files name a class that this one replaces
     try:
         with hushed():
