@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -45,6 +46,17 @@ def interrupts_end_it() -> None:
     """Until run_command Ctrl-C ends the process at once: amid imports of seconds it would leave a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def amid_imports() -> Iterator[None]:
+    """Inside run_command: Ctrl-C ends the process at once, see interrupts_end_it."""
+    interrupts_end_it()
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def answer_flags(parse: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ Chat and batch generation from a DeepSeek-V3 checkpoint.
 
 from __future__ import annotations
 
-from errors import Arguments, InputError, interrupts_end_it, is_first, positive, run_command
+from errors import Arguments, InputError, amid_imports, interrupts_end_it, is_first, positive, run_command
 
 if __name__ == "__main__":
     interrupts_end_it()
@@ -165,7 +165,11 @@ def main() -> None:
         print("starting ...", file=sys.stderr, flush=True)
     # OpenMP's waiting threads spin by default: with another program on one core, decoding is then 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from sampling import SamplingParams
+    with amid_imports():
+        from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+        import llm  # noqa: F401  (what others below import comes with these two)
+        from sampling import SamplingParams
 
     args.stop = tuple(args.stop)
     try:

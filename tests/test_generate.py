@@ -919,10 +919,16 @@ def test_ctrl_c_amid_the_imports():
     program = f"""import sys; sys.path[:0] = [{str(INFERENCE)!r}]
 import errors, os, signal
 errors.interrupts_end_it()
+def main():
+    with errors.amid_imports():
+        if sys.argv[2:]:
+            os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
 if sys.argv[1:]:
-    errors.run_command(lambda: os.kill(os.getpid(), signal.SIGINT))
+    errors.run_command(main)
 os.kill(os.getpid(), signal.SIGINT)"""
-    for argv, code, message in (([], -signal.SIGINT, ""), (["in main"], 130, "interrupted\n")):
+    died = -signal.SIGINT, ""
+    for argv, code, message in (([], *died), (["in main"], 130, "interrupted\n"), (["amid", "imports"], *died)):
         done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (code, message)
 
