@@ -31,9 +31,7 @@ from many_queries import SIDE, launch_many_queries, takes
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
-# Where there are more rows than one program of expand_value_kernel takes, a power of two of splits for each token,
-# merge_kernel merges them.
-MERGED_ROWS = 64
+MOST_SPLITS = 128  # of the keys: rows of a product that expand_value_kernel has shared memory for
 
 
 def padded(n: int) -> int:
@@ -225,21 +223,18 @@ def latent_tile(ptr, stride, t, columns, n_columns: tl.constexpr):
 def latent_attention_kernel(
     q_ptr, cache_ptr, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, H, length, scale,
     q_b, q_s, q_h, cache_row, cache_t, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SWAP: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     One program: BLOCK_M of a row's S * H queries (token and head), over one of the equal splits of the keys they see.
 
-    With MERGE it leaves its split's result with lse = m + log2(total), to be merged; else there is one split. Up to
-    about 64 queries a key, bound by reading the cache, 2 (C + R) bytes a key (on an H200, 95 % of the bandwidth for 128
-    rows of 4,096 keys; for one of 1,024, merge included, 4 %: latency); beyond, by the tensor cores, 2 (2 C + R)
-    operations a query and key. SWAP makes the keys the rows of both products: those come in 64s on the tensor cores,
-    and decoding has fewer queries.
+    With SPLIT there are several, and each leaves lse = m + log2(total) with its result. Up to about 64 queries a key,
+    bound by reading the cache, 2 (C + R) bytes a key (on an H200, 95 % of the bandwidth for 128 rows of 4,096 keys; for
+    one of 1,024 4 %: latency); beyond, by the tensor cores, 2 (2 C + R) operations a query and key.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    T_AXIS: tl.constexpr = 0 if SWAP else 1
     split, splits, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
@@ -256,34 +251,28 @@ def latent_attention_kernel(
     q_r = tl.load(q_ptrs + C + r[None, :], mask=(i < S * H)[:, None] & (r < R)[None, :], other=0.0)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((C_PAD, BLOCK_M) if SWAP else (BLOCK_M, C_PAD), tl.float32)
+    acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
     cache_ptr += row.to(tl.int64) * cache_row
     for tile in range(first, end):
         t = seen - (tile + 1) * BLOCK_T + tl.arange(0, BLOCK_T)
         kv_c = latent_tile(cache_ptr, cache_t, t, c, C)
         kv_r = latent_tile(cache_ptr + C, cache_t, t, r, R)
-        s = tl.dot(kv_c, q_c.T, input_precision="ieee") if SWAP else tl.dot(q_c, kv_c.T, input_precision="ieee")
-        s = tl.dot(kv_r, q_r.T, s, input_precision="ieee") if SWAP else tl.dot(q_r, kv_r.T, s, input_precision="ieee")
-        t = tl.expand_dims(t, 1 - T_AXIS)
-        s = tl.where((t >= 0) & (t <= tl.expand_dims(position, T_AXIS)), s * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, T_AXIS))
+        s = tl.dot(q_c, kv_c.T, input_precision="ieee")
+        s = tl.dot(q_r, kv_r.T, s, input_precision="ieee")
+        s = tl.where((t >= 0)[None, :] & (t[None, :] <= position[:, None]), s * scale, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a query may see no key of a tile
-        p = tl.exp2(s - tl.expand_dims(m_finite, T_AXIS))
+        p = tl.exp2(s - m_finite[:, None])
         alpha = tl.exp2(m - m_finite)
-        total = total * alpha + tl.sum(p, T_AXIS)
+        total = total * alpha + tl.sum(p, 1)
         m = m_new
-        acc *= tl.expand_dims(alpha, T_AXIS)
-        if SWAP:
-            acc = tl.dot(kv_c.T, p.to(kv_c.dtype), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(p.to(kv_c.dtype), kv_c, acc, input_precision="ieee")
+        acc = tl.dot(p.to(kv_c.dtype), kv_c, acc * alpha[:, None], input_precision="ieee")
 
     at = (b * splits + split).to(tl.int64) * S * H + i
-    acc /= tl.expand_dims(tl.where(total == 0, 1.0, total), T_AXIS)
-    out_ptrs = out_ptr + tl.expand_dims(at * C, T_AXIS) + tl.expand_dims(c, 1 - T_AXIS)
-    inside = tl.expand_dims(i < S * H, T_AXIS) & tl.expand_dims(c < C, 1 - T_AXIS)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    if MERGE:
+    acc /= tl.where(total == 0, 1.0, total)[:, None]
+    inside = (i < S * H)[:, None] & (c < C)[None, :]
+    tl.store(out_ptr + at[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if SPLIT:
         tl.store(lse_ptr + at, tl.where(total == 0, float("-inf"), m + tl.log2(total)), mask=i < S * H)
 
 
@@ -303,39 +292,14 @@ def merge_ref(splits: Splits) -> torch.Tensor:
     return torch.einsum("bnsh,bnshc->bshc", weight, splits.parts.float())
 
 
-@triton.jit
-def merge_kernel(
-    parts_ptr, lse_ptr, out_ptr, splits, queries, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """
-    merge_ref of parts [B, splits, queries, C] and lse [B, splits, queries] -> out [B, queries, C].
-
-    One program: BLOCK_C channels of one query.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    b, i = tl.program_id(0) // queries, tl.program_id(0) % queries
-    c, split = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, SPLITS)
-    at = (b * splits + split).to(tl.int64) * queries + i
-    lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    mask = (split < splits)[:, None] & (c < C)[None, :]
-    parts = tl.load(parts_ptr + at[:, None] * C + c[None, :], mask=mask, other=0.0)
-    out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
-
-
 class LatentConfig(NamedTuple):
     """
-    block_m queries a program, tiles of block_t keys, which `swap` makes the rows of both products. `many`: by
-    many_queries_kernel, whose warps and stages are its own.
+    block_m queries a program, tiles of block_t keys. `many`: by many_queries_kernel, whose warps and stages are its
+    own.
     """
 
     block_m: int
     block_t: int
-    swap: bool
     num_warps: int
     num_stages: int
     many: bool = False
@@ -344,16 +308,16 @@ class LatentConfig(NamedTuple):
 def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool, many: bool = False) -> LatentConfig:
     """How to run latent attention for B rows of `queries` = S * H. `many`: many_queries_kernel can."""
     if dtype == torch.float32:
-        return LatentConfig(16, 16, swap=False, num_warps=8, num_stages=1)
+        return LatentConfig(16, 16, num_warps=8, num_stages=1)
     if not hopper:  # as little as 99 KiB of shared memory
-        return LatentConfig(16, 32, swap=False, num_warps=4, num_stages=2)
-    if queries <= 16:
-        return LatentConfig(16, 64, swap=False, num_warps=8, num_stages=3)
+        return LatentConfig(16, 32, num_warps=4, num_stages=2)
+    if queries <= 16 or B * cdiv(queries, 16) <= 16:
+        return LatentConfig(16, 64, num_warps=4, num_stages=3)
     if many and B * cdiv(queries, 32) > 16:
-        return LatentConfig(SIDE, SIDE, swap=False, num_warps=8, num_stages=2, many=True)
+        return LatentConfig(SIDE, SIDE, num_warps=8, num_stages=2, many=True)
     if B * cdiv(queries, 32) <= 66:
-        return LatentConfig(32, 64, swap=True, num_warps=4, num_stages=2)
-    return LatentConfig(64, 64, swap=False, num_warps=8, num_stages=2)
+        return LatentConfig(32, 64, num_warps=8, num_stages=3)
+    return LatentConfig(64, 64, num_warps=8, num_stages=2)
 
 
 @functools.lru_cache(4096)
@@ -364,46 +328,35 @@ def latent_splits(blocks: int, tiles: int, slots: int) -> int:
     The time is that of the waves of programs, each 1 / n long for n splits, and about n / 64 more to merge. `tiles`
     bounds n; how long the rows really are is known on the device only.
     """
-    return min(range(1, min(tiles, 128) + 1), key=lambda n: cdiv(blocks * n, slots) / n * (1 + n / 64))
+    return min(range(1, min(tiles, MOST_SPLITS) + 1), key=lambda n: cdiv(blocks * n, slots) / n * (1 + n / 64))
 
 
 def launch_latent(
     q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, scale: float, C: int,
-    config: LatentConfig, splits: int, merge: bool = True,
+    config: LatentConfig, splits: int,
 ) -> torch.Tensor | Splits:  # fmt: skip
     (B, S, H, _), R = q.shape, cache.shape[-1] - C
-    pdl = pdl_options(q.device)
-    out, lse = q.new_empty(B, S, H, C) if merge or splits == 1 else None, None
-    parts = out
-    if splits > 1:
-        parts = q.new_empty(B, splits, S, H, C, dtype=torch.float32 if merge else q.dtype)
-        lse = q.new_empty(B, splits, S, H, dtype=torch.float32)
+    parts = q.new_empty(B, splits, S, H, C)
+    lse = q.new_empty(B, splits, S, H, dtype=torch.float32) if splits > 1 else None
     positions, scale = positions.contiguous(), scale * LOG2_E
     if config.many:
         launch_many_queries(q, cache, rows, positions, scale, C, parts, lse)
     else:
         latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
             q, cache, rows, positions, parts, lse, S, H, cache.shape[1], scale, *q.stride()[:3], *cache.stride()[:2],
-            C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SWAP=config.swap,
-            MERGE=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl,
+            C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SPLIT=splits > 1,
+            num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(q.device),
         )  # fmt: skip
-    if out is None:
-        return Splits(parts, lse)
-    if splits > 1:
-        n = triton.next_power_of_2(splits)
-        block_c = min(padded(C), max(32, 4096 // n))
-        grid = B * S * H, cdiv(C, block_c)
-        merge_kernel[grid](parts, lse, out, splits, S * H, C, n, block_c, num_warps=4, **pdl)
-    return out
+    return parts[:, 0] if lse is None else Splits(parts, lse)
 
 
 def latent_attention(
     q: torch.Tensor, cache: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, kv_len: int, scale: float,
-    C: int, merge: bool = True,
+    C: int,
 ) -> torch.Tensor | Splits:  # fmt: skip
     """
-    See latent_attention_ref. Work follows `positions`, read on the device; kv_len only decides how finely it is split.
-    Without `merge` the splits of few queries are left as they are, for expand_value.
+    See latent_attention_ref; where the keys are split, Splits, which expand_value merges. Work follows `positions`,
+    read on the device; kv_len only decides how finely it is split.
     """
     if not on_gpu(q):
         return latent_attention_ref(q, cache, rows, positions, kv_len, scale, C)
@@ -411,5 +364,4 @@ def latent_attention(
     config = latent_config(B, S * H, q.dtype, on_hopper(q.device), takes(q, cache, C))
     tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
     splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, multiprocessors(q.device))
-    merge |= B * S * triton.next_power_of_2(splits) > MERGED_ROWS
-    return launch_latent(q, cache, rows, positions, scale, C, config, splits, merge)
+    return launch_latent(q, cache, rows, positions, scale, C, config, splits)

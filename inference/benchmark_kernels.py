@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from errors import InputError, is_first
 from experts import expert_gemm, experts, pair_block
 from gpu import cdiv, has_e4m3
 from kernel import E4M3, act_quant, fp8_gemm, has_block_scaled_library, library_gemm
+from latent import expand_value
 from parallel import Parallel, choose_device, join_ranks
 from plan import table
 from routing import sort_pairs
@@ -94,11 +96,15 @@ def seconds_of(calls: Calls, on_gpu: bool) -> float:
 
 
 def timed(
-    kernel: str, shape: str, calls: Calls, nbytes: int, flops: int, device: torch.device, library: Calls | None = None
-) -> Timing:
-    """A call moves `nbytes` and makes `flops` operations; `library`: the same calls of the vendor's."""
+    kernel: str, shape: str, calls: Calls, nbytes: int, flops: int, device: torch.device,
+    library: Calls | None = None, besides: Calls | None = None,
+) -> Timing:  # fmt: skip
+    """
+    A call moves `nbytes` and makes `flops` operations; `library`: the same calls of the vendor's. `besides`: what the
+    calls do besides, whose time is taken off.
+    """
     on_gpu = device.type == "cuda"
-    us = seconds_of(calls, on_gpu) * 1e6
+    us = (seconds_of(calls, on_gpu) - (seconds_of(besides, on_gpu) if besides else 0)) * 1e6
     library_us = seconds_of(library, on_gpu) * 1e6 if library else None
     return Timing(kernel, shape, us, nbytes / us / 1e6, flops / us / 1e6, library_us=library_us)
 
@@ -135,17 +141,23 @@ def gemm(M: int, N: int, K: int, device: torch.device, cold_bytes: int = COLD_BY
 
 
 def mla(heads: int, rows: int, length: int, queries: int, device: torch.device, cold_bytes: int = COLD_BYTES) -> Timing:
-    """Attention inside the latent space: reads rows * length * (C + R) numbers of 2 bytes."""
+    """
+    Attention inside the latent space: reads rows * length * (C + R) numbers of 2 bytes. As the expansion of its values
+    merges its splits, the time is what it adds to an expansion.
+    """
     nbytes = rows * length * (C + R) * 2
     q = torch.randn(rows, queries, heads, C + R, dtype=torch.bfloat16, device=device)
     cache = torch.randn(rows, length, C + R, dtype=torch.bfloat16, device=device)
     caches = [cache.clone() for _ in range(copies(nbytes, cold_bytes))]
     which = torch.arange(rows, device=device)
     positions = torch.arange(length - queries, length, device=device).expand(rows, -1).contiguous()
-    calls = [lambda c=c: latent_attention(q, c, which, positions, length, (128 + R) ** -0.5, C) for c in caches]
+    w_uv, o = q.new_ones(heads, 128, C), q.new_ones(rows, queries, heads, C)
+    attend = partial(latent_attention, q, rows=which, positions=positions, kv_len=length, scale=(128 + R) ** -0.5, C=C)
+    calls = [lambda c=c: expand_value(attend(cache=c), w_uv) for c in caches]
+    expansions = [lambda: expand_value(o, w_uv)] * len(calls)
     flops = 2 * rows * queries * heads * length * (2 * C + R)
     shape = f"{heads} heads, {rows} x {length}, {queries} queries"
-    return timed("latent_attention", shape, calls, nbytes, flops, device)
+    return timed("latent_attention", shape, calls, nbytes, flops, device, besides=expansions)
 
 
 def grouped_gemm(E: int, rows: int, N: int, K: int, device: torch.device) -> Timing:

@@ -293,11 +293,13 @@ def gemm_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if TOP_K == 0 and SWAP:  # the weights are known: on their way while the kernels before this one finish
+            LINES: tl.constexpr = BLOCK * w_ptr.dtype.element_ty.primitive_bitwidth // 1024  # of 128 bytes, of a slice
             row = tl.minimum(n_tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-            lines = w_ptr + row * K + tl.minimum(part * per_part * BLOCK, K - 1)  # 128 bytes of the first slice
-            prefetch(lines)
+            column = tl.minimum(part * per_part * BLOCK + tl.arange(0, LINES) * (BLOCK // LINES), K - 1)
+            first_slice = w_ptr + row[:, None] * K + column[None, :]
+            prefetch(first_slice)
             if HALVES == 2:
-                prefetch(lines + tl.cast(N, tl.int64) * K)
+                prefetch(first_slice + tl.cast(N, tl.int64) * K)
         tl.extra.cuda.gdc_wait()
     slots = tl.arange(0, BLOCK_M)
     expert = 0

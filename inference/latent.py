@@ -384,12 +384,13 @@ def expand_value(
     elif H * V < 128 * 132:  # fewer programs than multiprocessors: narrower ones
         block_v = 32
     tokens = max(block_m // slots, 1)
+    num_stages = (4 if on_hopper(parts.device) else 3) - (tokens * slots > 64)  # what shared memory holds
     out, values, scale = outputs(parts, (M, H * V), quantise, keep)
     expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, tokens))](
         parts.contiguous(), lse, w_uv, out, values, scale, M, S, splits, w_uv.stride(0), w_uv.stride(1), H, V, C,
         out is not None, quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", tokens, slots, block_v,
         32 if fp32 else 128, triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=4, num_stages=4 if on_hopper(parts.device) else 3, **pdl_options(parts.device),
+        num_warps=4, num_stages=num_stages, **pdl_options(parts.device),
         enable_fp_fusion=False,  # threads that hold copies of a merged sum must agree on its last bit
     )  # fmt: skip
     return result(out, values, scale)

@@ -110,7 +110,7 @@ def take(tiles, handed, group: gl.constexpr, phase, m, total, acc):
 
 
 @gluon.jit
-def attend(given, group: gl.constexpr, MERGE: gl.constexpr):
+def attend(given, group: gl.constexpr, SPLIT: gl.constexpr):
     """
     The part of a group of warps. The second one's scores are on their way while it takes up the first one's tile.
 
@@ -199,25 +199,21 @@ def attend(given, group: gl.constexpr, MERGE: gl.constexpr):
     total += total_bufs.index(1 - group).load(s_rows)
     whole = gl.where(total == 0, 1.0, total)
     acc /= gl.convert_layout(whole, o_rows)[:, None]
-    if MERGE:
-        i_out = first_query + gl.arange(0, SIDE, o_rows)
-        columns = group * HALF + gl.arange(0, HALF, gl.SliceLayout(0, o_layout))
-        gl.store(out_ptr + i_out[:, None] * (2 * HALF) + columns[None, :], acc, mask=(i_out < n_queries)[:, None])
-        if group == 0:
-            lse = gl.where(total == 0, float("-inf"), m + gl.log2(whole))
-            gl.store(lse_ptr + i, lse, mask=i < n_queries)
-    else:  # whole rows, not fours of neighbours, by way of the queries' place: in bf16 53 us, not 59
-        q_bufs.index(group).store(acc.to(dtype))
-        i_out = first_query + gl.arange(0, SIDE, gl.SliceLayout(1, wide))
-        columns = group * HALF + gl.arange(0, HALF, gl.SliceLayout(0, wide))
-        out_ptrs = out_ptr + i_out[:, None] * (2 * HALF) + columns[None, :]
-        gl.store(out_ptrs, q_bufs.index(group).load(wide), mask=(i_out < n_queries)[:, None])
+    if SPLIT and group == 0:
+        lse = gl.where(total == 0, float("-inf"), m + gl.log2(whole))
+        gl.store(lse_ptr + i, lse, mask=i < n_queries)
+    # Whole rows, not fours of neighbours, by way of the queries' place: 53 us, not 59.
+    q_bufs.index(group).store(acc.to(dtype))
+    i_out = first_query + gl.arange(0, SIDE, gl.SliceLayout(1, wide))
+    columns = group * HALF + gl.arange(0, HALF, gl.SliceLayout(0, wide))
+    out_ptrs = out_ptr + i_out[:, None] * (2 * HALF) + columns[None, :]
+    gl.store(out_ptrs, q_bufs.index(group).load(wide), mask=(i_out < n_queries)[:, None])
 
 
 @gluon.jit
 def many_queries_kernel(
     c_desc, r_desc, q_ptr, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, H, length, scale, q_b, q_s, q_h,
-    MERGE: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     """latent_attention_kernel for tiles of SIDE queries and keys, by three times 4 warps. scale > 0."""
     SIDE: gl.constexpr = c_desc.block_type.shape[1]
@@ -261,13 +257,13 @@ def many_queries_kernel(
     asked, handed, ends = (q_bufs, q_r), (m_bufs, ready), (total_bufs, loaded, done)
     places, keys, positions = (c_bufs, r_bufs, full, empty), (seen, first, end), (positions_ptr, length, least)
     queries = (q_ptr + b.to(gl.int64) * q_b, first_query, n_queries, H, q_s, q_h)
-    out = (out_ptr + at * (2 * HALF), lse_ptr + at if MERGE else lse_ptr)
+    out = (out_ptr + at * (2 * HALF), lse_ptr + at if SPLIT else lse_ptr)
     given = (asked, places, handed, ends, queries, keys, positions, out, scale)
     gl.warp_specialize(
         [
             (copy, (places, keys, c_desc, r_desc, row)),
-            (attend, (given, 0, MERGE)),
-            (attend, (given, 1, MERGE)),
+            (attend, (given, 0, SPLIT)),
+            (attend, (given, 1, SPLIT)),
         ],
         [4, 4],
         [240, 240],
@@ -279,14 +275,14 @@ def launch_many_queries(
     parts: torch.Tensor, lse: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """
-    Run many_queries_kernel, whose reference is latent_attention_ref: into parts [B, S, H, C], or with lse [B, splits,
-    S, H] into parts [B, splits, S, H, C], which are to be merged. The scale has log2(e) in it.
+    Run many_queries_kernel, whose reference is latent_attention_ref: into parts [B, splits, S, H, C], where there are
+    several splits with their lse [B, splits, S, H]. The scale has log2(e) in it.
     """
     (B, S, H, _), R = q.shape, cache.shape[-1] - C
     swizzled = gl.NVMMASharedLayout(128, 16, 3)
-    many_queries_kernel[(cdiv(S * H, SIDE), 1 if lse is None else lse.shape[1], B)](
+    many_queries_kernel[(cdiv(S * H, SIDE), parts.shape[1], B)](
         TensorDescriptor.from_tensor(cache, [1, SIDE, C // 2], swizzled),
         TensorDescriptor.from_tensor(cache, [1, SIDE, R], swizzled),
         q, rows, positions, parts, lse, S, H, cache.shape[1], scale, *q.stride()[:3],
-        MERGE=lse is not None, num_warps=4, maxnreg=168,
+        SPLIT=lse is not None, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -262,7 +262,7 @@ class MLA(nn.Module):
         kv_len = S if cache is None else min(step.kv_len, cache.shape[1])  # tokens past the cache's end are not in it
         if cache is not None and (self.absorb(S, kv_len) if absorb is None else absorb):
             q = absorb_query(q, w_uk, step.rotation).unflatten(0, (B, S))
-            o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, C, merge=False)
+            o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, C)
             o = expand_value(o, w_uv, **quantised)
         else:
             q = rotate_query(q, step.rotation).unflatten(0, (B, S))

@@ -360,7 +360,10 @@ def test_gpu_halves(M, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("B", "splits", "S"), [(1, 2, 1), (1, 16, 1), (1, 64, 1), (1, 17, 2), (3, 5, 2), (7, 8, 1)])
+@pytest.mark.parametrize(
+    ("B", "splits", "S"),
+    [(1, 2, 1), (1, 16, 1), (1, 100, 1), (1, 17, 2), (3, 5, 2), (8, 17, 1), (64, 2, 1), (33, 3, 2)],
+)
 def test_gpu_expand_splits(B, splits, S, dtype):
     for H, V, C in ((128, 128, 512), (16, 128, 512), (8, 64, 128), (5, 16, 40)):
         check_expand_splits("cuda", B, splits, S, H, V, C, dtype)
