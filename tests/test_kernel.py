@@ -284,7 +284,7 @@ def test_tiles_fit(format):
         row_of_w = 256 if few and format == "wide" else 128  # bytes that a step along K takes
         row_of_x = max(row_of_w, 256 if format == "w8a16" else 128)
         stage = tiles.block_m * row_of_x + (1 + gated) * tiles.block_n * row_of_w
-        assert stage * tiles.stages <= 227 << 10, (tokens, gated, grouped, tiles)
+        assert stage * tiles.stages * tiles.unroll <= 227 << 10, (tokens, gated, grouped, tiles)
         assert (1 + gated) * tiles.block_m * tiles.block_n <= 128 * 32 * tiles.warps, (tokens, gated, grouped, tiles)
 
 
@@ -491,6 +491,20 @@ def test_gpu_gemm_of_uneven_scales(M, N, K):
     found = fp8_gemm(*(before_nans(operand.cuda()) for operand in operands), torch.float32).cpu()
     assert relative(found, product(*operands)) < 1e-3
     assert relative(fp8_gemm_ref(*(operand.cuda() for operand in operands), torch.float32).cpu(), found.double()) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("K", [128, 1100, 1408, 2048])
+def test_gpu_two_slices_at_a_time(K, split):
+    """The same sums as one by one, also of odd numbers of slices, the last of which is not whole."""
+    operands = *act_quant(random(5, K).cuda()), *weight_quant(random(200, K, seed=1).cuda())
+    operands = [before_nans(operand) for operand in operands]
+    found = torch.full((2, 5, 200), torch.nan, device="cuda")
+    for unroll in (1, 2):
+        launch_gemm(*operands, found[unroll - 1], tiles=Tiles(16, 128, split, 4, 3, True, unroll=unroll))
+    assert relative(found[1], found[0].double()) < 1e-6
+    assert relative(found[1].cpu(), product(*(operand.cpu() for operand in operands))) < 1e-3
 
 
 @pytest.mark.gpu
