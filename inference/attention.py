@@ -229,8 +229,8 @@ def latent_attention_kernel(
     One program: BLOCK_M of a row's S * H queries (token and head), over one of the equal splits of the keys they see.
 
     With SPLIT there are several, and each leaves lse = m + log2(total) with its result. Up to about 64 queries a key,
-    bound by reading the cache, 2 (C + R) bytes a key (on an H200, 95 % of the bandwidth for 128 rows of 4,096 keys; for
-    one of 1,024 4 %: latency); beyond, by the tensor cores, 2 (2 C + R) operations a query and key.
+    bound by reading the cache, 2 (C + R) bytes a key (on an H200, the bandwidth of a copy for 128 rows of 4,096 keys;
+    for one of 1,024 5 % of it: latency); beyond, by the tensor cores, 2 (2 C + R) operations a query and key.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
