@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from config import BLOCK_SIZE, UE8M0
 from gpu import capability, cdiv, counters, has_e4m3, on_hopper, pdl_options
+from tiles import Tiles, are_few, choose_tiles, medium_tiles
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -410,71 +411,6 @@ def gemm_kernel(
         tl.store(y_scale_ptr + y_row * y_scale_m + n_tile * y_scale_g, y_scale, mask=live)
     else:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-class Tiles(NamedTuple):
-    """How gemm_kernel cuts its work: tokens and outputs of a tile, parts of K; and a program's warps and stages."""
-
-    block_m: int
-    block_n: int
-    split: int
-    warps: int
-    stages: int
-    swap: bool  # weights as the left operand
-    unroll: int = 1  # slices of K that are fetched at a time
-    tma_x: bool = False  # through descriptors, by Hopper's copy engine
-    tma_w: bool = False
-
-
-def parts(slices: int, most: int) -> int:
-    """Into how many parts to cut `slices` of K, `most` at most, so that none is empty."""
-    return cdiv(slices, cdiv(slices, min(max(most, 1), slices)))
-
-
-def are_few(tokens: int, grouped: bool) -> bool:
-    """Whether a product with so many tokens is bound by reading its weights."""
-    return tokens <= (63 if grouped else 64)
-
-
-def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wide: bool, grouped: bool) -> Tiles:
-    """
-    tokens: how many meet a weight, at most. m_tiles: tiles along them. slices: steps along K.
-
-    Measured on an H200. Few tokens: about two programs for each of its 132 multiprocessors, of 8 slices at least, or
-    narrower ones where that many cannot be had. For one or two tokens about three: in FP8 so many fit at a time.
-    """
-    if not are_few(tokens, grouped):
-        if wide and tokens == 128 and not gated:
-            return Tiles(128, 256, 1, 8, 4, False)
-        return Tiles(min(tokens, 128) if grouped else 64, 128, 1, 8 if gated else 4, 3, False)
-    block_m = max(16, triton.next_power_of_2(tokens))
-    wide_tiles = m_tiles * cdiv(N, 128)
-    if gated and wide:
-        programs = m_tiles * cdiv(N, 64)
-        return Tiles(block_m, 64, parts(slices, min(3, 300 // programs)), 4, 3, True)
-    if gated:  # five parts, or four; more until each multiprocessor has a program; fewer where the tiles are many
-        most = (5 if grouped else 4) if tokens <= 16 and wide_tiles <= 2400 else min(3, 560 // wide_tiles)
-        return Tiles(block_m, 128, parts(slices, max(132 // wide_tiles, most)), 8, 3, True)
-    if grouped and wide:
-        return Tiles(block_m, 64, 1, 4, 4 if wide_tiles < 600 else 3, True)
-    if grouped:  # where the tiles are many, 256 bytes of each weight's row at a time: 13.22 -> 13.19 ms for 64 rows
-        return Tiles(block_m, 128, 1, 4, 3, True, unroll=2 if block_m == 16 and wide_tiles > 2000 and slices > 8 else 1)
-    if wide_tiles < 20 or slices <= 16:
-        split = parts(slices, min(240 // (m_tiles * cdiv(N, 64)), slices // (8 if wide else 3)))
-        return Tiles(block_m, 64, split, 4, 4 if wide else 5, True)
-    split = parts(slices, min((396 if tokens <= 2 else 240) // wide_tiles, slices // 8))
-    if 2 < tokens <= 16:
-        return Tiles(block_m, 128, split, 8, 3 if wide else 5, True)
-    return Tiles(block_m, 128, split, 4, 3 if wide else 4, True)
-
-
-def medium_tiles(N: int, slices: int) -> Tiles:
-    """
-    choose_tiles for 33 to 64 tokens in FP8 on Hopper, whose copy engine brings both operands. Measured on an H200: 15.1
-    -> 12.5 us for 24576 x 1536, 47.2 -> 41.7 us for 7168 x 16384, 18.3 -> 12.7 us for 2176 x 7168.
-    """
-    block_n, programs = (128, 240) if N >= 4096 and slices >= 64 else (64, 150)
-    return Tiles(64, block_n, parts(slices, programs // cdiv(N, block_n)), 4, 4, False)
 
 
 def launch_gemm(

@@ -17,10 +17,11 @@ from experts import experts, gated_linear, gated_linear_ref, pair_block
 from gpu import cdiv, counters
 from grouped import PAIRS, launch_grouped, takes
 from interpreter import interpret, needs_interpreter
-from kernel import E4M3, W8A16, Quantised, Tiles, act_quant, act_quant_ref, launch_gemm, weight_quant
+from kernel import E4M3, W8A16, Quantised, act_quant, act_quant_ref, launch_gemm, weight_quant
 from routing import Routing, sort_pairs_ref, tile_count
 from test_fused import interpret_bf16_dots, poisoned
 from test_kernel import SCALE_FMTS, before_nans, relative, strided_before_nans
+from tiles import Tiles
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:

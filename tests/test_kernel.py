@@ -22,11 +22,8 @@ from interpreter import interpret, needs_interpreter
 from kernel import (
     E4M3,
     Quantised,
-    Tiles,
     act_quant,
     act_quant_ref,
-    are_few,
-    choose_tiles,
     fp8_gemm,
     fp8_gemm_ref,
     launch_gemm,
@@ -40,6 +37,7 @@ from kernel import (
 )
 from model import Linear, Transformer
 from parallel import Parallel
+from tiles import Tiles, are_few, choose_tiles
 
 SCALE_FMTS = [None, "ue8m0"]
 ODD_SHAPES = [(1, 128), (3, 200), (129, 130), (256, 384), (300, 72)]
