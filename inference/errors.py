@@ -8,8 +8,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -42,30 +41,14 @@ def is_first() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def interrupts_end_it() -> None:
-    """Until run_command Ctrl-C ends the process at once: amid imports of seconds it would leave a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@contextmanager
-def amid_imports() -> Iterator[None]:
-    """Inside run_command: Ctrl-C ends the process at once, see interrupts_end_it."""
-    interrupts_end_it()
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def answer_flags(parse: Callable[[], object]) -> None:
     """
-    A command's first act: --help and wrong flags do not wait for imports of seconds, nor does Ctrl-C amid these. What
-    the flags say is parsed again by the command's main.
+    A command's first act: --help and wrong flags do not wait for imports of seconds. What the flags say is parsed again
+    by the command's main. Until that runs Ctrl-C ends the process at once: amid the imports it would leave a traceback.
     """
     run_command(parse)
-    interrupts_end_it()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def drop_output() -> None:

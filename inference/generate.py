@@ -5,34 +5,20 @@ Chat and batch generation from a DeepSeek-V3 checkpoint.
     torchrun --nproc-per-node 8 inference/generate.py --ckpt-path DIR --input-file prompts.txt --output-file out.jsonl
 """
 
+# ruff: noqa: E402  (flags are answered before the imports that take seconds)
 from __future__ import annotations
-
-from errors import Arguments, InputError, amid_imports, interrupts_end_it, is_first, positive, run_command
-
-if __name__ == "__main__":
-    interrupts_end_it()
 
 import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
 
 from config import GEMMS, MAX_DRAFTS, PREFILL_CHUNK
+from errors import Arguments, InputError, answer_flags, is_first, positive, run_command
 
 # Matrices of this width are multiplied before a second CPU thread has woken up: the tiny model decodes at 170 tokens/s
 # with one thread and 90 with two (EPYC, 2 cores).
 SMALL_DIM = 512
-
-if TYPE_CHECKING:  # torch and transformers take seconds to import; --help and a wrong flag should not wait for them
-    from transformers import PreTrainedTokenizerFast
-
-    from checkpoint import Checkpoint
-    from engine import Request, Stats
-    from llm import LLM
-    from sampling import SamplingParams
-    from terminal import Terminal
 
 
 def parse_arguments() -> Namespace:
@@ -78,11 +64,30 @@ def parse_arguments() -> Namespace:
     return args
 
 
+if __name__ == "__main__":
+    answer_flags(parse_arguments)
+    if is_first() and sys.stderr.isatty():  # importing takes seconds
+        print("starting ...", file=sys.stderr, flush=True)
+    # OpenMP's waiting threads spin by default: with another program on one core, decoding is then 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from batch import batch
+from checkpoint import Checkpoint
+from engine import Request, Stats
+from llm import LLM
+from parallel import leave_ranks
+from sampling import SamplingParams
+from terminal import Terminal
+from text import load_tokenizer
+
+
 def load(args: Namespace, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> LLM:
-    import torch
-
-    from llm import LLM
-
     same = ("device", "gemm", "expert_parallel", "mtp", "prefill_chunk", "cuda_graph")
     options = {name: getattr(args, name) for name in same}
     llm = LLM(checkpoint, tokenizer=tokenizer, verbose=True, **options, **sizes)
@@ -109,10 +114,6 @@ def status(stats: Stats, requests: list[Request], seconds: float) -> str:
 
 def chat(args: Namespace, params: SamplingParams) -> None:
     """A conversation at the keyboard of rank 0; every rank follows it."""
-    from checkpoint import Checkpoint
-    from terminal import Terminal
-    from text import load_tokenizer
-
     checkpoint, tokenizer = Checkpoint(args.ckpt_path, args.config), load_tokenizer(args.ckpt_path)
     if not tokenizer.chat_template:
         raise InputError(
@@ -145,8 +146,6 @@ def chat(args: Namespace, params: SamplingParams) -> None:
 
 def say(llm: LLM, prompt: list[int], params: SamplingParams, terminal: Terminal) -> str:
     """Stream one answer and the status line after it; returns the answer."""
-    from engine import Stats
-
     n = llm.engine.n_drafts
     llm.engine.stats = Stats(drafted=[0] * n, accepted=[0] * n)
     start = time.perf_counter()
@@ -161,16 +160,6 @@ def say(llm: LLM, prompt: list[int], params: SamplingParams, terminal: Terminal)
 
 def main() -> None:
     args = parse_arguments()
-    if is_first() and sys.stderr is not None and sys.stderr.isatty():  # importing takes seconds
-        print("starting ...", file=sys.stderr, flush=True)
-    # OpenMP's waiting threads spin by default: with another program on one core, decoding is then 20 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with amid_imports():
-        from transformers import PreTrainedTokenizerFast  # noqa: F401
-
-        import llm  # noqa: F401  (what others below import comes with these two)
-        from sampling import SamplingParams
-
     args.stop = tuple(args.stop)
     try:
         params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
@@ -180,13 +169,9 @@ def main() -> None:
     if args.interactive:
         chat(args, params)
     else:
-        from batch import batch
-
         batch(args, params, load, status)
 
 
 if __name__ == "__main__":
     run_command(main)
-    from parallel import leave_ranks
-
     leave_ranks()
