@@ -317,15 +317,8 @@ class Checkpoint:
         return spec.hf_name if self.kind == "hf" else spec.name
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """
-        A stored tensor, or the part of it that `slices` cut out, on the CPU.
-
-        Raises InputError when the file ends too early or a scale is negative, NaN or infinite.
-        """
-        tensor = self.tensors[name].file.read(name, slices)
-        if name.endswith((".scale", "_scale_inv")):
-            check_scale(self.tensors[name].file.path, name, tensor)
-        return tensor
+        """A stored tensor, or the part of it that `slices` cut out, on the CPU. Raises InputError as read_into."""
+        return self.tensors[name].file.read(name, slices)
 
     def check(self, world_size: int = 1, rank: int = 0, expert_parallel: bool = False) -> None:
         """
@@ -377,11 +370,6 @@ class Checkpoint:
         for name in self.tensors:
             if name not in wanted and name not in known:
                 yield f"{name[:200]!r} is not a tensor of this model"
-
-
-def check_scale(path: Path, name: str, scale: torch.Tensor) -> None:
-    if not bool(((scale >= 0) & scale.isfinite()).all()):
-        raise InputError(f"{path}: {name} has a scale that is negative, NaN or infinite")
 
 
 # --- filling a model --------------------------------------------------------------------------------------------------
@@ -436,8 +424,7 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, parallel: Parallel, pro
         assert target.numel() == math.prod(wanted), f"{spec.name}: {target.shape=} {wanted=}"
         have, keep = stored(spec).dtype, target.dtype
         if have == keep and target.shape == wanted:
-            name = checkpoint.stored_name(spec)
-            pieces += pieces_of(name, stored(spec), cut(spec), target, check_scale if spec.is_scale else None)
+            pieces += pieces_of(checkpoint.stored_name(spec), stored(spec), cut(spec), target)
         elif have in (keep, E4M3) or keep == torch.float32:
             conversions.append(functools.partial(convert, spec))
         else:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import CONFIG_FILE, INDEX_FILE, JOURNAL, Checkpoint, check_scale
+from checkpoint import CONFIG_FILE, INDEX_FILE, JOURNAL, Checkpoint
 from config import BLOCK_SIZE
 from errors import InputError, problems
 from output import (
@@ -43,11 +43,10 @@ from output import (
     to_json,
     write_file,
 )
-from safetensors_io import Layout, SafetensorsFile, reporting
+from safetensors_io import SCALES, Layout, SafetensorsFile, reporting
 
 PIECE_BYTES = 1 << 20  # of a tensor as stored: larger ones leave the processor's cache between reading and writing
 ROUND_BYTES = 256 << 20  # written between two lines of the journal, at least
-SCALES = ("_scale_inv", ".scale")  # how their names end, in a Hugging Face folder and in shards
 AHEAD_BYTES = 1 << 30  # written before its checksum is taken, at most: as much as the system's cache surely holds
 WORKERS = max(3, min(8, os.cpu_count() or 1))
 
@@ -212,7 +211,7 @@ class Conversion:
         """Raises InputError for a scale that cannot be one: here, as a file half written would be of no use."""
         scales = [(file, name) for file in self.inputs for name in file.tensors if name.endswith(SCALES)]
         for file, name in tqdm(scales, desc="scales", leave=False, delay=1):
-            check_scale(file.path, name, file.read(name))
+            file.read(name)  # which checks it
 
     def _check_folder(self) -> None:
         """Raises InputError unless the folder is new, empty or an unfinished one, with room for what is to come."""

@@ -13,7 +13,6 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,6 @@ STAGING_BYTES = 64 << 20
 ALIGNMENT = 512  # of pieces in staging memory
 
 Slices = tuple[slice, ...]
-Check = Callable[[Path, str, torch.Tensor], None]  # raises when what a file holds under a name cannot be
 
 
 def aligned(nbytes: int) -> int:
@@ -44,7 +42,6 @@ class Piece:
     rows: slice
     columns: slice | None
     target: torch.Tensor
-    check: Check | None
 
     @property
     def room(self) -> int:
@@ -55,17 +52,13 @@ class Piece:
     def read(self, buffer: torch.Tensor) -> torch.Tensor:
         """What `target` is to hold, read into `buffer` (bytes)."""
         value = self.stored.file.read_into(self.name, self.rows, buffer)
-        if self.check:
-            self.check(self.stored.file.path, self.name, value)
         if self.columns is None:
             return value
         behind = buffer[aligned(value.nbytes) :][: self.target.nbytes]
         return behind.view(value.dtype).view(self.target.shape).copy_(value[:, self.columns])
 
 
-def pieces_of(
-    name: str, stored: StoredTensor, slices: Slices, target: torch.Tensor, check: Check | None = None
-) -> Iterator[Piece]:
+def pieces_of(name: str, stored: StoredTensor, slices: Slices, target: torch.Tensor) -> Iterator[Piece]:
     """The part of a tensor that `slices` cut out, in pieces that fit the staging memory, or are one row."""
     first, last, _ = slices[0].indices(stored.shape[0])
     columns = slices[1] if len(slices) > 1 and target.shape[1] != stored.shape[1] else None
@@ -73,7 +66,7 @@ def pieces_of(
     step = max(1, (STAGING_BYTES - 2 * ALIGNMENT) // max(row_bytes, 1))
     for row in range(first, last, step):
         end = min(row + step, last)
-        yield Piece(name, stored, slice(row, end), columns, target[row - first : end - first], check)
+        yield Piece(name, stored, slice(row, end), columns, target[row - first : end - first])
 
 
 def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

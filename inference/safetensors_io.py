@@ -40,6 +40,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_IO_BYTES = 1 << 30  # Linux moves at most 2 GiB a call
 INCOMPLETE = ".incomplete"  # suffix of a file that is being written
+SCALES = ("_scale_inv", ".scale")  # how the names of weights' scales end, in a Hugging Face folder and in shards
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> type and shape
 
@@ -153,12 +154,19 @@ class SafetensorsFile:
         return rows[(slice(None), *slices[1:])].contiguous() if slices and len(shape) > 1 else rows
 
     def read_into(self, name: str, cut: slice | None, buffer: torch.Tensor) -> torch.Tensor:
-        """Read a run of whole rows to the beginning of `buffer`, bytes on the CPU; that part of it, as those rows."""
+        """
+        Read a run of whole rows to the beginning of `buffer`, bytes on the CPU; that part of it, as those rows.
+
+        Raises InputError when the file ends too early or a scale is negative, NaN or infinite.
+        """
         tensor = self.tensors[name]
         shape, offset, nbytes = tensor.rows(cut)
         data = buffer[:nbytes]
         self._read_into(memoryview(data.numpy()), offset)
-        return data.view(tensor.dtype).view(shape)
+        rows = data.view(tensor.dtype).view(shape)
+        if name.endswith(SCALES) and not bool(((rows >= 0) & rows.isfinite()).all()):
+            raise InputError(f"{self.path}: {name} has a scale that is negative, NaN or infinite")
+        return rows
 
 
 class Layout:

@@ -149,11 +149,9 @@ def test_a_file_that_shrinks_is_an_error(file, tmp_path):
         list(load(pieces))
 
 
-def test_what_a_file_holds_is_checked(file):
-    def check(path: Path, name: str, value: torch.Tensor) -> None:
-        assert path == file.path and value.shape == (1, 3), "whole rows"
-        raise InputError(f"{name} is bad")
-
-    pieces = pieces_of("scale", file.tensors["scale"], CUTS["scale"], torch.zeros(1, 2), check)
-    with pytest.raises(InputError, match="scale is bad"):
+def test_scales_are_checked(tmp_path):
+    save_file({"a.scale": torch.tensor([[1.0, torch.nan]])}, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    pieces = pieces_of("a.scale", file.tensors["a.scale"], (slice(0, 1), slice(0, 2)), torch.zeros(1, 2))
+    with pytest.raises(InputError, match=r"a.safetensors: a.scale has a scale that is negative, NaN or infinite"):
         list(load(list(pieces)))
