@@ -31,7 +31,7 @@ from many_queries import SIDE, launch_many_queries, takes
 
 LOG2_E = math.log2(math.e)
 CUDNN_HEADS = (192, 128)  # D_k, D_v for which cuDNN is faster than prefill_attention_kernel
-MOST_SPLITS = 128  # of the keys: rows of a product that expand_value_kernel has shared memory for
+MOST_SPLITS = 128  # of the keys: each is a row of expand_value_kernel's product, whose shared memory holds no more
 
 
 def padded(n: int) -> int:
@@ -183,7 +183,7 @@ def prefill_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """
-    See prefill_attention_ref. T is more than each row's last position: where T == S, all rows start at position 0.
+    See prefill_attention_ref. A row's positions follow one another, the first below T; where T == S, all start at 0.
     """
     if not on_gpu(q):
         return prefill_attention_ref(q, k, v, positions, scale)
@@ -286,12 +286,6 @@ class Splits(NamedTuple):
     lse: torch.Tensor
 
 
-def merge_ref(splits: Splits) -> torch.Tensor:
-    """-> attention over all keys [B, S, H, C], in fp32: the parts' mean with weights 2^lse."""
-    weight = (splits.lse * math.log(2)).softmax(1)
-    return torch.einsum("bnsh,bnshc->bshc", weight, splits.parts.float())
-
-
 class LatentConfig(NamedTuple):
     """
     block_m queries a program, tiles of block_t keys. `many`: by many_queries_kernel, whose warps and stages are its
@@ -306,7 +300,7 @@ class LatentConfig(NamedTuple):
 
 
 def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool, many: bool = False) -> LatentConfig:
-    """How to run latent attention for B rows of `queries` = S * H. `many`: many_queries_kernel can."""
+    """How to run latent attention for B rows of `queries` = S * H. `many`: whether many_queries_kernel takes them."""
     if dtype == torch.float32:
         return LatentConfig(16, 16, num_warps=8, num_stages=1)
     if not hopper:  # as little as 99 KiB of shared memory
@@ -315,9 +309,7 @@ def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool, many: 
         return LatentConfig(16, 64, num_warps=4, num_stages=3)
     if many and B * cdiv(queries, 32) > 16:
         return LatentConfig(SIDE, SIDE, num_warps=8, num_stages=2, many=True)
-    if B * cdiv(queries, 32) <= 66:
-        return LatentConfig(32, 64, num_warps=8, num_stages=3)
-    return LatentConfig(64, 64, num_warps=8, num_stages=2)
+    return LatentConfig(32, 64, num_warps=8, num_stages=3)
 
 
 @functools.lru_cache(4096)
@@ -338,7 +330,7 @@ def launch_latent(
     (B, S, H, _), R = q.shape, cache.shape[-1] - C
     parts = q.new_empty(B, splits, S, H, C)
     lse = q.new_empty(B, splits, S, H, dtype=torch.float32) if splits > 1 else None
-    positions, scale = positions.contiguous(), scale * LOG2_E
+    rows, positions, scale = rows.contiguous(), positions.contiguous(), scale * LOG2_E
     if config.many:
         launch_many_queries(q, cache, rows, positions, scale, C, parts, lse)
     else:

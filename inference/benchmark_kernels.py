@@ -1,7 +1,7 @@
 """
 Every kernel alone, at the shapes of benchmarks/peers.json: `python inference/benchmark.py --kernels`, under torchrun
 for the all-reduce. Calls stand in one CUDA graph and go round over COLD_BYTES of different weights (or caches), more
-than any L2 cache holds, so each finds its own in memory only.
+than any L2 cache holds, so each finds its own in memory only. (W_UV, behind attention, is one for all.)
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def timed(
     library: Calls | None = None, besides: Calls | None = None,
 ) -> Timing:  # fmt: skip
     """
-    A call moves `nbytes` and makes `flops` operations; `library`: the same calls of the vendor's. `besides`: what the
-    calls do besides, whose time is taken off.
+    A call moves `nbytes` and makes `flops` operations; `library`: the same calls of the vendor's. `besides`: the part
+    of `calls` that is not the kernel's; its time is subtracted.
     """
     on_gpu = device.type == "cuda"
     us = (seconds_of(calls, on_gpu) - (seconds_of(besides, on_gpu) if besides else 0)) * 1e6

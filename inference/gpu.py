@@ -51,7 +51,7 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
     reads what that one wrote. Not under a profiler, to which their times would seem to overlap.
 
     Products let the next kernel start (gdc_launch_dependents) at once. The small kernels do so only after their own
-    wait: where several kernels to come are let in one upon the other, their programs fill the multiprocessors unevenly.
+    wait: where each lets in the next at once, programs of several coming kernels fill the multiprocessors unevenly.
     """
     if on_hopper(device) and not torch.autograd._profiler_enabled():
         return {"PDL": True, "launch_pdl": True}

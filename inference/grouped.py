@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from config import BLOCK_SIZE
-from gpu import capability, cdiv, multiprocessors
+from gpu import capability, multiprocessors
 from kernel import E4M3
 
 GROUPS = 3  # of warps that multiply, as the kernel lists them
@@ -90,9 +90,7 @@ def copy(shared, tiles, x_desc, w_desc, x_scale_ptr, x_scale_m, x_scale_g, GROUP
 
 
 @gluon.jit
-def multiply(
-    shared, tiles, out, group, SCATTER: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def multiply(shared, tiles, out, group, SCATTER: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
     """The part of one group of warps. One without pairs waits for slices all the same, and hands them back."""
     x_bufs, x_scale_bufs, w_bufs, full, empty = shared
     n_all, n_tiles, N, slices, tile_expert_ptr, tile_start_ptr, tile_stop_ptr = tiles
@@ -203,7 +201,7 @@ def launch_grouped(
         raise ValueError(f"launch_grouped: {w.dtype} weights {tuple(w.shape)} on {w.device} are not for this kernel")
     N, K = w.shape[-2:]
     order, *tiles = routing
-    n_tiles = cdiv(N, BLOCK_SIZE)
+    n_tiles = N // BLOCK_SIZE
     swizzled = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_SIZE], gl.float8e4nv)
     grouped_kernel[(multiprocessors(x.device),)](
         TensorDescriptor.from_tensor(x, [ROWS, BLOCK_SIZE], swizzled),

@@ -318,7 +318,6 @@ def gemm_kernel(
         y_row = m_tile * BLOCK_M + slots
         live = y_row < M
         x_row = y_row
-        pair = y_row
     x_row = tl.where(live, x_row, 0).to(tl.int64)
     first_row = tl.load(tile_start_ptr + m_tile) if TOP_K > 0 else m_tile * BLOCK_M
     cols = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -445,7 +444,7 @@ def launch_gemm(
     # 256 bytes of each weight's row at a time, not 128: V2-Lite's step of 64 rows 9.07 -> 8.99 ms.
     longer = x.element_size() == 2 and are_few(tokens, routing is not None) and on_hopper(x.device)
     block_k = BLOCK_SIZE if longer or not wide else 128 // x.element_size()
-    gather = routing is not None and not gathered and pair_weights is None
+    gather = routing is not None and not gathered
     if tiles is None:
         m_tiles = routing[1].numel() if routing else cdiv(M, 64)
         tiles = choose_tiles(tokens, m_tiles, N, cdiv(K, block_k), gated, wide, routing is not None)

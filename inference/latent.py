@@ -8,12 +8,14 @@ V v_head_dim. `rotation` [M, R / 2, 2] holds cos and sin of each rotary pair's a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from attention import Splits, cache_write, merge_ref
+from attention import Splits, cache_write
 from config import BLOCK_SIZE
 from fused import outputs, quantise_groups, quantised_ref, result, store_normed
 from gpu import cdiv, on_hopper, pdl_options
@@ -52,7 +54,7 @@ def rotate_query_kernel(
     q_ptr, rotation_ptr, H, q_stride, QK: tl.constexpr, R: tl.constexpr,
     BLOCK_H: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_H heads of one token. Reads and writes 2 bytes of R / (N + R) of the elements."""
+    """One program: BLOCK_H heads of one token. Reads and writes R of each head's N + R elements, 2 bytes each."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -188,8 +190,8 @@ def latents(
     row_stride, token_stride, length = (0, 0, 0) if cache is None else (*cache.stride()[:2], cache.shape[1])
     latents_kernel[(M, 2 if q_rank else 1)](
         y, q_weight, kv_weight, rotation.contiguous(), q, values, scale, kv,
-        cache, rows, positions.contiguous(), M, positions.shape[-1], y.stride(0), row_stride, token_stride, length, eps,
-        q_rank, kv_at, C, R, q is not None, quantise, scale_fmt == UE8M0, cache is not None,
+        cache, rows.contiguous(), positions.contiguous(), M, positions.shape[-1], y.stride(0), row_stride, token_stride,
+        length, eps, q_rank, kv_at, C, R, q is not None, quantise, scale_fmt == UE8M0, cache is not None,
         triton.next_power_of_2(max(cdiv(q_rank, BLOCK_SIZE), 1)), triton.next_power_of_2(C),
         triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(y.device),
     )  # fmt: skip
@@ -298,6 +300,12 @@ def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) ->
         triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(q.device),
     )  # fmt: skip
     return out
+
+
+def merge_ref(splits: Splits) -> torch.Tensor:
+    """-> attention over all keys [B, S, H, C], in fp32: the parts' mean with weights 2^lse."""
+    weight = (splits.lse * math.log(2)).softmax(1)
+    return torch.einsum("bnsh,bnshc->bshc", weight, splits.parts.float())
 
 
 def expand_value_ref(

@@ -2,14 +2,14 @@
 latent_attention (attention.py) on Hopper where many queries share a key: those of 128 or 64 heads, or drafts. In Gluon,
 as grouped.py, which lets two groups of warps do different things at a time.
 
-Tiles of 64 keys are the two groups' in turns. A tile's group scores it, raises the largest scores so far, and hands its
-weights to the other group through shared memory. Each of them sums the values of half of the channels, weighted so. No
+The two groups take tiles of 64 keys in turn. A tile's group scores it, raises the largest scores so far, and hands its
+weights to the other group through shared memory. With these weights each group sums half of the values' channels. No
 product is made twice, and one group multiplies while the other finds weights. A third group copies: each half of a
 tile gives way to the next but one as soon as it has been summed, and the weights take the place of the tile's rotary
 keys, which only its scores needed.
 
 Bound by the tensor cores, and by shared memory, which both operands of most products come from: 64 x 4,096 keys and 128
-heads take 117 to 135 us (620 to 540 TFLOPS), latent_attention_kernel, in which both groups compute all scores, 261.
+heads take 117 to 135 us (620 to 540 TFLOPS), latent_attention_kernel, in which both groups computed all scores, 261.
 
 Dimension letters as in attention.py.
 """

@@ -38,10 +38,10 @@ def are_few(tokens: int, grouped: bool) -> bool:
 
 def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wide: bool, grouped: bool) -> Tiles:
     """
-    tokens: how many meet a weight, at most. m_tiles: tiles along them. slices: steps along K.
+    tokens: at most so many are multiplied with a weight. m_tiles: tiles along them. slices: steps along K.
 
-    Measured on an H200. Few tokens: about two programs for each of its 132 multiprocessors, of 8 slices at least, or
-    narrower ones where that many cannot be had. For one or two tokens about three: in FP8 so many fit at a time.
+    Few tokens: about two programs for each of an H200's 132 multiprocessors, of 8 slices at least, or narrower ones
+    where that many cannot be had. For one or two tokens about three: in FP8 so many fit at a time.
     """
     if not are_few(tokens, grouped):
         if wide and tokens == 128 and not gated:
@@ -52,7 +52,7 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
     if gated and wide:
         programs = m_tiles * cdiv(N, 64)
         return Tiles(block_m, 64, parts(slices, min(3, 300 // programs)), 4, 3, True)
-    if gated:  # five parts, or four; more until each multiprocessor has a program; fewer where the tiles are many
+    if gated:  # five parts, or four; of many tokens or tiles three at most; more to give each multiprocessor a program
         most = (5 if grouped else 4) if tokens <= 16 and wide_tiles <= 2400 else min(3, 560 // wide_tiles)
         return Tiles(block_m, 128, parts(slices, max(132 // wide_tiles, most)), 8, 3, True)
     if grouped and wide:
@@ -70,8 +70,8 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, wi
 
 def medium_tiles(N: int, slices: int) -> Tiles:
     """
-    choose_tiles for 33 to 64 tokens in FP8 on Hopper, whose copy engine brings both operands. Measured on an H200: 15.1
-    -> 12.5 us for 24576 x 1536, 47.2 -> 41.7 us for 7168 x 16384, 18.3 -> 12.7 us for 2176 x 7168.
+    choose_tiles for 33 to 64 tokens in FP8 on Hopper, whose copy engine brings both operands: 15.1 -> 12.5 us for
+    24576 x 1536, 47.2 -> 41.7 us for 7168 x 16384, 18.3 -> 12.7 us for 2176 x 7168.
     """
     block_n, programs = (128, 240) if N >= 4096 and slices >= 64 else (64, 150)
     return Tiles(64, block_n, parts(slices, programs // cdiv(N, block_n)), 4, 4, False)

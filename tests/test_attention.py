@@ -7,8 +7,13 @@ to be set before triton is imported, so a test does it in a process of its own.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from attention import (
     MOST_SPLITS,
@@ -16,17 +21,18 @@ from attention import (
     PrefillConfig,
     Splits,
     latent_attention,
+    latent_attention_kernel,
     latent_attention_ref,
     latent_config,
     latent_splits,
     launch_latent,
     launch_prefill,
-    merge_ref,
     prefill_attention,
     prefill_attention_ref,
 )
-from gpu import cdiv
+from gpu import cdiv, on_hopper
 from interpreter import interpret, needs_interpreter
+from latent import merge_ref
 from many_queries import takes
 
 
@@ -164,6 +170,25 @@ def test_what_many_queries_takes(monkeypatch):
         assert not takes(q, cache, 512)
 
 
+@pytest.mark.parametrize(("arch", "hopper", "most"), [(89, False, 101_376), (90, True, 232_448), (100, True, 232_448)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_latent_attention_fits(dtype, arch, hopper, most):
+    """What the compiler asks for, of the shared memory that a GPU gives a program, at the released models' sizes."""
+    rows_and_queries = itertools.product((1, 8, 64), (16, 32, 128, 512))
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    for config in {latent_config(B, queries, torch_dtype, hopper) for B, queries in rows_and_queries}:
+        tensors = dict.fromkeys(("q_ptr", "cache_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32", "scale": "fp32"}
+        types = dict.fromkeys(latent_attention_kernel.arg_names[:15], "i32") | tensors
+        types |= {"rows_ptr": "*i64", "positions_ptr": "*i64"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name not in ("S", "scale")}
+        sizes = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
+        types |= dict.fromkeys((*sizes, "SPLIT", "PDL"), "constexpr")
+        source = ASTSource(latent_attention_kernel, types, sizes | {"SPLIT": True, "PDL": False}, aligned)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        assert compiled.metadata.shared <= most, (config, compiled.metadata.shared)
+
+
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
 
 
@@ -255,7 +280,7 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
         check_latent(whole(latent_attention(q, cache, rows, positions, kv_len, 0.7, C)), exact)
     # One split and many, whatever B asks for; and the same answer each time.
     many = takes(q, cache, C)
-    config = latent_config(B, S * H, q.dtype, torch.cuda.get_device_capability() >= (9, 0), many)
+    config = latent_config(B, S * H, q.dtype, on_hopper(q.device), many)
     assert config.many == (many and S * H > 16 and B * S * H > 512)
     for splits in (1, 7, MOST_SPLITS):
         found = whole(launch_latent(q, cache, rows, positions, 0.7, C, config, splits))
@@ -265,7 +290,7 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hopper", [True, False])
-@pytest.mark.parametrize(("B", "queries"), [(5, 16), (5, 64), (64, 128)])
+@pytest.mark.parametrize(("B", "queries"), [(5, 16), (5, 64)])
 def test_gpu_latent_attention_each_way(B, queries, hopper, monkeypatch):
     """Every way to run the kernel that latent_config may choose, on queries that fill no tile."""
     poison_new_memory(monkeypatch.setattr)

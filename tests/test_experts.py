@@ -314,7 +314,7 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
     terms *= pair_weights.flatten()[:, None].double()
     out = before_nans(torch.full((P, D), torch.nan))
     down = before_nans(h), before_nans(h_scale), before_nans(w2), before_nans(s2)
-    launch_gemm(*down, out, pair_weights=pair_weights, **options)
+    launch_gemm(*down, out, pair_weights=pair_weights, gathered=True, **options)
     assert relative(out, terms) < 2e-6 and (out._base[out.nbytes :] == 0xFF).all(), case
     assert not counters(x.device).any(), case
 
