@@ -10,10 +10,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from checkpoint import Checkpoint
 from engine import Request
 from errors import InputError, drop_output, is_first
 from llm import LLM, check_ids, completion
+from parallel import choose_device, join_ranks
 from sampling import SamplingParams
 from text import check_messages, encode, load_tokenizer
 
@@ -232,35 +233,74 @@ def result(index: int, prompt: Item, request: Request) -> Item:
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 
+class Job(NamedTuple):
+    """
+    What a batch is to do, which is rank 0's to say: other ranks may find another file under that name, or a part of it,
+    if it is a pipe. done: the prompts that are finished.
+    """
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    done: set[int]
+    max_batch_size: int
+    max_seq_len: int
+
+
 def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], status: Callable[..., str]) -> None:
     """
     Complete every prompt of --input-file, print each result as it is finished and write all to --output-file. Ctrl-C
     writes what is finished, and ends in KeyboardInterrupt.
     """
-    prompts = read_prompts(args.input_file)
-    first = is_first()
-    results = Results(args.output_file if first else None, Path(args.input_file), prompts, args.resume)
-    if params.logprobs is not None and any("logprobs" not in item for item in results.done.values()):
-        raise InputError(f"--resume --logprobs: results in {args.output_file} are without; leave --resume out")
+    first, job = is_first(), None
+    if first:
+        prompts = read_prompts(args.input_file)
+        results = Results(args.output_file, Path(args.input_file), prompts, args.resume)
+        if params.logprobs is not None and any("logprobs" not in item for item in results.done.values()):
+            raise InputError(f"--resume --logprobs: results in {args.output_file} are without; leave --resume out")
     checkpoint, tokenizer = Checkpoint(args.ckpt_path, args.config), load_tokenizer(args.ckpt_path)
-    model_args = checkpoint.args
-    shown = tqdm(prompts, desc="tokens", leave=False, delay=1, disable=not first)
-    ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in shown]
-    max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
-    rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
-    for number, prompt in enumerate(ids, 1):
-        check_ids(prompt, model_args, max_seq_len, f"{args.input_file}: prompt {number}")
-    llm = load(args, checkpoint, tokenizer, max_batch_size=rows, max_seq_len=max_seq_len)
-    done = llm.parallel.broadcast_object(set(results.done))  # one answer for all ranks
-    requests = [Request(prompt, params, index) for index, prompt in enumerate(ids) if index not in done]
-    results.begin()
+    if first:
+        model_args = checkpoint.args
+        shown = tqdm(prompts, desc="tokens", leave=False, delay=1)
+        ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in shown]
+        max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
+        rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
+        for number, prompt in enumerate(ids, 1):
+            check_ids(prompt, model_args, max_seq_len, f"{args.input_file}: prompt {number}")
+        job = Job(ids, params, set(results.done), rows, max_seq_len)
+    parallel, _ = join_ranks(choose_device(args.device))
+    job = parallel.broadcast_object(job)
+    if len(job.done) == len(job.prompts):
+        if first:
+            results.begin()
+            results.finish(interrupted=False)
+            print("every prompt is finished: there is nothing to do", file=sys.stderr)
+        return
+    sizes = {"max_batch_size": job.max_batch_size, "max_seq_len": job.max_seq_len}
+    llm = load(args, checkpoint, tokenizer, **sizes)
+    requests = [Request(ids, job.params, index) for index, ids in enumerate(job.prompts) if index not in job.done]
+    if first:
+        results.begin()
 
     signals: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+
+    def on_signal(number: int, frame: object) -> None:
+        if first and not signals:
+            with suppress(OSError):  # past Python's buffers: it may be amid a line of the bar
+                os.write(2, b"\nstopping after this step ...\n")
+        signals.append(number)
+
+    def stopping() -> bool:
+        """Called between two steps, and so also the bar's sign of life."""
+        bar.set_postfix_str(f"{llm.stats.prefill_tokens} + {llm.stats.new_tokens} tokens", refresh=False)
+        bar.update(0)
+        return bool(signals)
+
+    previous = signal.signal(signal.SIGINT, on_signal)
     start = time.perf_counter()
     try:
-        with tqdm(total=len(ids), initial=len(done), desc="prompts", disable=not first) as bar:
-            for request, _ in llm.run(requests, lambda: bool(signals)):
+        total, so_far = len(job.prompts), len(job.done)
+        with tqdm(total=total, initial=so_far, desc="prompts", miniters=0, mininterval=0.5, disable=not first) as bar:
+            for request, _ in llm.run(requests, stopping):
                 if request.finish_reason in ("stop", "length"):
                     bar.update()
                     if first:
@@ -281,4 +321,5 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
     if first:
         print(f"[{status(llm.stats, requests, time.perf_counter() - start)}]", file=sys.stderr)
     if interrupted:
-        raise KeyboardInterrupt(f"{len(results.done)} of {len(prompts)} prompts are finished; --resume goes on")
+        finished = f"{len(results.done)} of {len(prompts)} prompts are finished" if first else ""
+        raise KeyboardInterrupt(finished + "; --resume goes on" * bool(args.output_file))

@@ -48,7 +48,7 @@ def parse_arguments() -> Namespace:
     add("--n-layers", type=positive, metavar="N", help="cut the model to its first N layers (dummy weights)")
     add("--batch-size", type=positive, nargs="*", default=[1, 8, 64], metavar="N", help="decode cases (1 8 64)")
     add("--prompt-len", type=positive, nargs="+", default=[1024], metavar="N", help="tokens cached (1024)")
-    add("--prefill", type=batch_of_prompts, nargs="*", default=[(8, 1024), (1, 8000)], metavar="ROWSxTOKENS")
+    add("--prefill", type=batch_of_prompts, nargs="*", metavar="ROWSxTOKENS", help="prefill cases (8x1024 1x8000)")
     add("--mtp", type=int, default=0, metavar="N", help="drafted tokens a step (default 0)")
     add("--accept-rate", type=float, metavar="P", help="share of drafts accepted; by default what the model accepts")
     add("--steps", type=positive, default=20, metavar="N", help="decode steps of a timing (default 20)")
@@ -64,7 +64,7 @@ def parse_arguments() -> Namespace:
     options.traces = []
     if options.config and not options.dummy_weights:
         raise InputError("--config names no weights: add --dummy-weights, or give --ckpt-path")
-    if not options.batch_size and not options.prefill:
+    if not options.batch_size and options.prefill == []:
         raise InputError("--batch-size and --prefill name no case: there is nothing to time")
     if options.n_layers and not options.dummy_weights:
         raise InputError("--n-layers cuts dummy weights only: a checkpoint is run whole")
@@ -109,6 +109,7 @@ from plan import decode_bytes, experts_hit, floor_seconds, prefill_flops, table
 from sampling import ACCEPT, Sampling, SamplingParams, uniform, verify
 
 WARM_STEPS = 3
+PREFILLS = (8, 1024), (1, 8000)  # rows and tokens of the cases, where the model takes them
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -172,6 +173,9 @@ def build(options: Namespace) -> Bench:
         load = " and a mean load of its experts" if options.expert_parallel else ""
         sums = f"rank 0 of {options.alone_of} alone: no sums over the ranks{load}"
         parallel = LoneRank(0, options.alone_of, options.expert_parallel, sums=sums)
+    if options.prefill is None:
+        most = min(args.max_seq_len, options.max_seq_len or args.max_seq_len)
+        options.prefill = [case for case in PREFILLS if case[1] < most]
     check_split(args, parallel.world_size, parallel.expert_parallel)
     start = time.perf_counter()
     in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))

@@ -69,6 +69,10 @@ def run_command(main: Callable[[], object]) -> None:
             if name != "stdin":  # there is no reading that
                 setattr(sys, name, os.fdopen(null, "w"))
     try:
+        try:
+            os.getcwd()  # libraries want one, and fail in ways of their own
+        except OSError as error:
+            raise InputError(f"the current directory: {error.strerror}; change to another") from None
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what a terminal cannot
         main()

@@ -131,6 +131,8 @@ def chat(args: Namespace, params: SamplingParams) -> None:
                 messages = []
                 llm.engine.forget()
                 terminal.note("the conversation starts over")
+            elif line.split()[0:1] == ["/clear"]:
+                terminal.note("/clear takes nothing after it")
             elif line.startswith("/"):
                 terminal.note(f"{line.split()[0]} is not a command; /clear starts over, /exit or Ctrl-D ends")
             elif line:

@@ -163,7 +163,7 @@ class LLM:
             ids = encode(self.tokenizer, prompt, system)
         elif isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
             ids = encode(self.tokenizer, check_messages(prompt, "messages"), system)
-        elif isinstance(prompt, Iterable):
+        elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
             ids = list(prompt)
         else:
             raise InputError(f"a prompt is {prompt!r}, wanted text, token ids or messages")
@@ -220,7 +220,9 @@ class LLM:
             raise InputError(f"prompts are {prompts!r}, wanted one prompt or a list of them")
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral | dict)):
             prompts = [prompts]
-        each = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        each = [params] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        if not isinstance(each, Sequence) or any(not isinstance(q, SamplingParams | None) for q in each):
+            raise InputError(f"params are {params!r}, wanted SamplingParams, for all prompts or for each")
         each = [q or SamplingParams() for q in each]
         if len(each) != len(prompts):
             raise InputError(f"{len(prompts)} prompts and {len(each)} SamplingParams")
@@ -290,9 +292,10 @@ def check_memory(weights: int, cache: int, workspace: int, device: torch.device)
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = weights + cache + workspace
     if needed > free:
+        more = "more GPUs (torchrun --nproc-per-node)" if on_gpu else "more memory"
+        less = "a smaller --max-batch-size, --max-seq-len or --prefill-chunk"
         raise InputError(
             f"{device}: needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {cache / 1e9:.1f} cache, "
             f"{workspace / 1e9:.1f} workspace) and {free / 1e9:.1f} GB are {'free' if on_gpu else 'there'}; "
-            f"use {'more GPUs (torchrun --nproc-per-node), ' * on_gpu}a smaller --max-batch-size, --max-seq-len or "
-            "--prefill-chunk"
+            + (f"the weights alone want {more}" if weights > free else f"use {f'{more}, ' * on_gpu}{less}")
         )

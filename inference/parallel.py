@@ -203,6 +203,9 @@ def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, to
         value = os.environ.get(name, "")
         if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
             raise InputError(f"WORLD_SIZE is set, but {name} is {os.environ.get(name)!r}: torchrun sets them all")
+        limit = {"RANK": int(os.environ["WORLD_SIZE"]), "MASTER_PORT": 2**16}.get(name)
+        if limit and int(value) >= limit:
+            raise InputError(f"{name} is {value}, wanted less than {limit}: torchrun sets it")
     if device == "cuda":
         if "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

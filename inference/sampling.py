@@ -52,7 +52,7 @@ class SamplingParams:
             value, number = getattr(self, name), {float: Real, int: Integral, int | None: Integral | None}.get(kind)
             if number and not isinstance(value, number):
                 raise InputError(f"{name} is {value!r}, wanted {'a' if number is Real else 'a whole'} number")
-            if kind is int:
+            if number not in (None, Real) and value is not None:
                 object.__setattr__(self, name, int(value))  # NumPy's cannot hold what a seed becomes
         texts = type(self.stop) is tuple and all(type(s) is str and s for s in self.stop)
         for name, wrong, wanted in (

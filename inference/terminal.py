@@ -158,7 +158,7 @@ class Terminal:
         """Whether Ctrl-C was pressed, or SIGINT received, since the last line was read."""
         while self.is_tty and select.select([sys.stdin], [], [], 0)[0]:
             keys = os.read(sys.stdin.fileno(), 1024)
-            self.typed += keys
+            self.typed += keys.replace(b"\r", b"\n")  # as pasted lines end that came while readline asked
             if CTRL_C in keys:
                 self.signalled, self.typed = True, b""
             if not keys:

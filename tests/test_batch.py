@@ -159,6 +159,7 @@ def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "--resume goes on" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert "\nstopping after this step ...\n" in errors and " tokens]" in errors
     first = [json.loads(line) for line in output.read_text().splitlines()]
     assert 20 <= len(first) < 160 and not partial.exists()
     assert [item["index"] for item in first] == sorted(item["index"] for item in first)
@@ -180,6 +181,11 @@ def test_an_interrupted_job_writes_what_is_finished_and_resumes(tmp_path):
     assert all(results[item["index"]] == item for item in first)
     assert f"Prompt: {first[1]['prompt']}\n" not in done.stdout
     assert all(len(item["logprobs"]) == item["completion_tokens"] for item in results)
+    assert set(os.listdir(tmp_path)) == {"questions.txt", "out.jsonl"}
+    again = subprocess.run(job(*arguments, "--resume"), capture_output=True, text=True, timeout=200, check=False)
+    assert (again.returncode, again.stdout) == (0, "") and "there is nothing to do" in again.stderr
+    assert "ready after" not in again.stderr, "a model was loaded"
+    assert [json.loads(line) for line in output.read_text().splitlines()] == results
     assert set(os.listdir(tmp_path)) == {"questions.txt", "out.jsonl"}
 
 

@@ -337,8 +337,12 @@ BAD = {
     "acceptance": (["--config", "CONFIG", "--dummy-weights", "--mtp", 1, "--accept-rate", 2], "wanted 0 to 1"),
     "acceptance without drafts": (["--config", "CONFIG", "--dummy-weights", "--accept-rate", 0.5], "and --mtp"),
     "a short cache": (
-        ["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9],
+        ["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9, "--prefill", "8x1024"],
         "--prefill needs 1025 tokens; --max-seq-len is 9",
+    ),
+    "a short cache by itself": (
+        ["--config", "CONFIG", "--dummy-weights", "--max-seq-len", 9],
+        "--prompt-len, with --ste",
     ),
     "a trace in no folder": (["--config", "CONFIG", "--dummy-weights", "--profile", "none/x"], "--profile none/x"),
     "a trace without a name": (["--config", "CONFIG", "--dummy-weights", "--profile", ""], "--profile .: not a file"),

@@ -593,6 +593,12 @@ def test_ways_to_give_prompts_and_settings(folder):
     assert tokens(llm, [[5, 6], [7]], [greedy(4), greedy(2)]) == [expected[0], expected[1][:2]]
     with pytest.raises(InputError, match="2 prompts and 1 SamplingParams"):
         llm.generate([[5], [6]], [greedy(4)])
+    for wrong in ({"temperature": 0}, 5, [{"temperature": 0}]):
+        with pytest.raises(InputError, match="wanted SamplingParams, for all prompts or for each"):
+            llm.generate([[5]], wrong)
+    with pytest.raises(InputError, match="a prompt is b'text', wanted text, token ids or messages"):
+        llm.generate(b"text")
+    assert SamplingParams(logprobs=True).logprobs is not True, "topk takes whole numbers alone"
 
 
 class After:

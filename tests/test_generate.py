@@ -229,7 +229,7 @@ def answers(folder: Path, *conversations: list[str], system: str | None = None) 
 
 def test_chat_by_pipe(folder, command):
     """Turns see those before them, /clear forgets them, and the end of input ends the chat well."""
-    stdin = "one two\n\n  three  \n/nonsense now\n/clear\none two\n"
+    stdin = "one two\n\n  three  \n/nonsense now\n/clear x\n/clear\none two\n"
     code, out, err = command(*chat_argv(folder, "--system", "be brief"), stdin=stdin)
     expected = answers(folder, ["one two", "three"], ["one two"], system="be brief")
     assert code == 0 and out == "".join(text + "\n" for text in expected)
@@ -239,6 +239,7 @@ def test_chat_by_pipe(folder, command):
         answer,
         answer,
         "[/nonsense is not a command; /clear starts over, /exit or Ctrl-D ends]",
+        "[/clear takes nothing after it]",
         "[the conversation starts over]",
         answer,
     ]
@@ -374,6 +375,11 @@ def test_lines_typed_during_an_answer_are_the_next_ones(terminal, monkeypatch, t
                 assert not chat.interrupted() and time.monotonic() < deadline
             assert chat.read_line() == "x", "keys that edit do so, and are no text"
             assert chat.read_line() is None, "Ctrl-D ends when its turn comes"
+            without = [chat.answering[0] & ~termios.ICRNL, *chat.answering[1:]]  # as while readline asks
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, without)
+            os.write(master, b"pasted\rlines\r")
+            while chat.typed != b"pasted\nlines\n":
+                assert not chat.interrupted() and time.monotonic() < deadline
             chat.typed = b"y\x04"
             # What is shown goes elsewhere, so there is no line editing.
             monkeypatch.setattr("builtins.input", lambda prompt: ", at the prompt")
@@ -470,7 +476,7 @@ def test_two_ranks_equal_one_process(folder, input_file, tmp_path, alone):
 
 
 def test_two_nodes_equal_one_process(folder, input_file, tmp_path, alone):
-    """Two torchrun agents with a rank each, only the first with a folder for results; and whole experts per rank."""
+    """Two torchrun agents with a rank each, the first alone has prompts and a folder for results; whole experts."""
     quietly_convert(folder, tmp_path / "converted", 2, expert_parallel=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -481,7 +487,8 @@ def test_two_nodes_equal_one_process(folder, input_file, tmp_path, alone):
     agents = []
     for rank in range(2):
         nodes = "--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"
-        argv = torchrun(SCRIPT, *batch_argv(tmp_path / "converted", input_file, target), ranks=1, nodes=nodes)
+        arguments = batch_argv(tmp_path / "converted", input_file if rank == 0 else Path("missing.jsonl"), target)
+        argv = torchrun(SCRIPT, *arguments, ranks=1, nodes=nodes)
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         agents.append(subprocess.Popen(argv, env=environment(), cwd=tmp_path / str(rank), **streams))
     try:
@@ -822,6 +829,8 @@ def test_too_little_memory(monkeypatch):
     check_memory(int(9e9), int(0.5e9), 0, torch.device("cpu"))
     with pytest.raises(InputError, match=r"^cpu: needs 11\.0 GB .* 10\.0 GB are there; use a smaller --max-batch-size"):
         check_memory(int(9e9), int(2e9), 0, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"^cpu: needs 11\.0 GB .* are there; the weights alone want more memory$"):
+        check_memory(int(10.5e9), int(0.5e9), 0, torch.device("cpu"))
     with pytest.raises(InputError, match=r"^cuda:3: needs 21\.5 GB \(15\.0 weights, 4\.0 cache, 2\.5 .*20\.0 GB are"):
         check_memory(int(15e9), int(4e9), int(2.5e9), gpu)
 
@@ -912,6 +921,12 @@ errors.run_command(main)"""
     done = subprocess.run(["bash", "-c", f'exec "$0" -c "$1" {closing}', sys.executable, program], capture_output=True)
     assert done.returncode == 2 and (tmp_path / "out").read_text() == "True"
     assert (done.stdout, done.stderr) == (b"x\n" * (1 not in streams), b"y\nerror: z\n" * (2 not in streams))
+
+
+def test_a_current_directory_that_is_gone(tmp_path):
+    command = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} {INFERENCE}/plan.py --help"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: the current directory: No such")
 
 
 def test_ctrl_c_amid_the_imports():

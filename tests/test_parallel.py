@@ -231,8 +231,11 @@ def test_an_environment_that_no_launcher_leaves(monkeypatch):
     for size, rank, named in (
         ("2", "", "RANK is ''"),
         ("x", "0", "WORLD_SIZE is 'x'"),
+        ("2", "2", "RANK is 2, wanted less than 2"),
         ("2", "0", "MASTER_ADDR is None"),
+        ("2", "1", "MASTER_PORT is 65536, wanted less than 65536"),
     ):
+        monkeypatch.setenv("MASTER_PORT", "65536" if "PORT" in named else "29500")
         monkeypatch.setenv("WORLD_SIZE", size)
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(InputError, match=named):

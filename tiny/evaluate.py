@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference"))
 import torch
 from tqdm import tqdm
 
+from checkpoint import Checkpoint
 from engine import Request, Stats
 from errors import Arguments, positive, run_command
 from llm import LLM
@@ -92,7 +93,7 @@ def expert_loads(llm: LLM, conversations: list[list[Message]]) -> dict[str, list
                 load += counts[: load.shape[0]]  # behind the routed experts come the shared ones
 
             hooks.append(module.register_forward_hook(count))
-    for messages in conversations:
+    for messages in tqdm(conversations, desc="experts"):
         llm.model(torch.tensor([token_ids(llm, messages)], device=llm.model.embed.weight.device))
     for hook in hooks:
         hook.remove()
@@ -143,6 +144,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=positive, default=64, help="questions at a time")
     options = parser.parse_args()
+    if options.picture and (options.picture.suffix != ".png" or not options.picture.parent.is_dir()):
+        parser.error(f"--picture {options.picture}: wanted a .png in a folder that exists")
+    if options.against:
+        Checkpoint(options.against).check()  # before the minutes that the rest takes
     nouns = read_lines(DATA / "nouns.jsonl")[: options.nouns]
     conversations = [item["messages"] for item in read_lines(DATA / "heldout.jsonl")]
     sizes = {"device": options.device, "max_batch_size": options.rows, "max_seq_len": 1024}
@@ -161,9 +166,9 @@ def main() -> None:
     }
     if options.against:
         result |= compare(llm, LLM(options.against, **sizes), conversations, nouns[:500])
+    print(json.dumps(result, indent=2))
     if options.picture:
         draw(loads, options.picture)
-    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
