@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -62,6 +63,8 @@ def read_prompts(path: str) -> list[Item]:
     prompts: list[Item] = []
     if not path.lower().endswith(".jsonl"):
         prompts += [{"prompt": line} for line in read_text(Path(path)) if line.strip()]
+        if prompts and re.match(r'\s*\{\s*"(prompt|messages)"\s*:', prompts[0]["prompt"]):
+            print(f"{path}: taken as text; only a file named .jsonl is read as JSON lines", file=sys.stderr)
     else:
         for where, item in read_lines(Path(path)):
             if len(item) > 1:

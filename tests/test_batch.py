@@ -335,6 +335,14 @@ def test_what_a_line_does_not_say_is_refused(tmp_path, other):
         read_prompts(str(tmp_path / "in.jsonl"))
 
 
+def test_json_lines_under_another_name_are_text_with_a_remark(tmp_path, capsys):
+    source = tmp_path / "in.json"
+    for text, remarked in (('{"prompt": "x"}', True), ('{ "messages": []}', True), ('{"a": "prompt"}', False)):
+        source.write_text(text)
+        assert read_prompts(str(source)) == [{"prompt": text}]
+        assert (capsys.readouterr().err != "") == remarked
+
+
 def test_a_result_is_written_before_it_is_printed(tmp_path):
     """To a reader that has gone, say."""
     (tmp_path / "in.txt").write_text("What is a kiln?\nWhat is a dog?\n")
