@@ -66,14 +66,12 @@ def synthetic(folder: Path, args: ModelArgs, config: dict, seed: int = 0) -> Pat
     weight_map = {}
     for number, tensors in enumerate(groups, 1):
         name = f"model-{number:05}-of-{len(groups):06}.safetensors"
-        writer = SafetensorsWriter(folder / name, Layout(tensors), {})
-        writer.open()
-        for key, (dtype, shape) in tensors.items():
-            step = max(1, (64 << 20) // (torch.Size(shape[1:]).numel() * dtype.itemsize))
-            for first in range(0, shape[0], step):
-                values = rows(dtype, (min(step, shape[0] - first), *shape[1:]))
-                writer.write(key, values.abs() * 1e-4 if key.endswith("_scale_inv") else values, first)
-        writer.finish()
+        with SafetensorsWriter(folder / name, Layout(tensors), {}) as writer:
+            for key, (dtype, shape) in tensors.items():
+                step = max(1, (64 << 20) // (torch.Size(shape[1:]).numel() * dtype.itemsize))
+                for first in range(0, shape[0], step):
+                    values = rows(dtype, (min(step, shape[0] - first), *shape[1:]))
+                    writer.write(key, values.abs() * 1e-4 if key.endswith("_scale_inv") else values, first)
         weight_map |= dict.fromkeys(tensors, name)
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))

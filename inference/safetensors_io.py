@@ -207,8 +207,8 @@ class SafetensorsWriter:
     """
     Writes a file whose layout is known beforehand; rows of its tensors in any order, from any thread.
 
-    The file carries the suffix ".incomplete" until `finish`, which syncs it to disk and renames it. `open` begins it,
-    or goes on with one that was begun.
+    The file carries the suffix ".incomplete" until `finish`, which syncs it to disk and renames it. Used as a context
+    manager, it is a new file, finished at the end and removed after an exception; `open` also goes on with an old one.
     """
 
     def __init__(self, path: str | Path, layout: Layout, metadata: dict[str, str]):
@@ -216,13 +216,14 @@ class SafetensorsWriter:
         self.temporary = self.path.with_name(self.path.name + INCOMPLETE)
         self.data_start = len(layout.header(metadata))
         self.size = self.data_start + layout.nbytes
+        self._unwritten = layout.nbytes  # counted for the context manager, so for a single thread
         self._fd: int | None = None
 
-    def open(self) -> None:
+    def open(self, flags: int = 0) -> None:
         if self._fd is not None:
             return
         with reporting(self.path):
-            self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
             os.ftruncate(self._fd, self.size)
         self._pwrite(memoryview(self.layout.header(self.metadata)), 0)
 
@@ -237,6 +238,7 @@ class SafetensorsWriter:
         fits = (rows.dtype, rows.shape[1:]) == (dtype, shape[1:]) and start + rows.nbytes <= end
         assert fits, f"{name}: {rows.shape=} from {first=} do not fit into {shape}"
         data = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        self._unwritten -= len(data)
         self._pwrite(memoryview(data), start)
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
@@ -260,6 +262,18 @@ class SafetensorsWriter:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+    def __enter__(self) -> SafetensorsWriter:
+        self.open(os.O_EXCL)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            assert not self._unwritten, f"{self.path}: {self._unwritten} bytes were not written"
+            self.finish()
+        else:
+            self.close()
+            self.temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -200,12 +200,10 @@ def some_tensors() -> dict[str, torch.Tensor]:
 def test_files_written_here_are_read_by_the_library_and_back(tmp_path):
     tensors = some_tensors()
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    writer = SafetensorsWriter(tmp_path / "a.safetensors", Layout(layout), {"rank": "3"})
-    writer.open()
-    for name in reversed(layout):  # in another order than the file's
-        assert not (tmp_path / "a.safetensors").exists()
-        writer.write(name, tensors[name])
-    writer.finish()
+    with SafetensorsWriter(tmp_path / "a.safetensors", Layout(layout), {"rank": "3"}) as writer:
+        for name in reversed(layout):  # in another order than the file's
+            assert not (tmp_path / "a.safetensors").exists()
+            writer.write(name, tensors[name])
     library = load_file(tmp_path / "a.safetensors")
     ours = SafetensorsFile(tmp_path / "a.safetensors")
     assert library.keys() == ours.tensors.keys() == tensors.keys()
@@ -226,6 +224,16 @@ def test_slices_are_those_of_the_library(tmp_path):
         ):
             assert same_bits(ours.read("e4m3", (rows, columns)), file.get_tensor("e4m3")[rows, columns])
         assert same_bits(ours.read("fp32", (slice(2, 9),)), file.get_slice("fp32")[2:9])
+
+
+def test_a_failed_write_leaves_no_file(tmp_path):
+    layout = Layout({"x": (torch.float32, (2,))})
+    with pytest.raises(KeyboardInterrupt), SafetensorsWriter(tmp_path / "a.safetensors", layout, {}):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AssertionError, match="not written"), SafetensorsWriter(tmp_path / "a.safetensors", layout, {}):
+        pass
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_any_truncation_is_an_input_error(tmp_path):

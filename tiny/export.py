@@ -76,11 +76,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tensors = released(args, model)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    writer = SafetensorsWriter(options.out / "model.safetensors", Layout(layout), {})
-    writer.open()
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish()
+    with SafetensorsWriter(options.out / "model.safetensors", Layout(layout), {}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(options.tokenizer / name, options.out / name)
     (options.out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
