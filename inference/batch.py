@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from checkpoint import Checkpoint
+from config import ModelArgs
 from engine import Request
 from errors import InputError, drop_output, is_first
 from llm import LLM, check_ids, completion
@@ -249,6 +251,19 @@ class Job(NamedTuple):
     max_seq_len: int
 
 
+def make_job(
+    args: Namespace, params: SamplingParams, prompts: list[Item], done: set[int], model: ModelArgs,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Job:  # fmt: skip
+    """Raises InputError for a prompt that the model or the cache cannot take."""
+    shown = tqdm(prompts, desc="tokens", leave=False, delay=1)
+    ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in shown]
+    max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model.max_seq_len)
+    for number, prompt in enumerate(ids, 1):
+        check_ids(prompt, model, max_seq_len, f"{args.input_file}: prompt {number}")
+    return Job(ids, params, done, min(args.max_batch_size or model.max_batch_size, len(ids)), max_seq_len)
+
+
 def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], status: Callable[..., str]) -> None:
     """
     Complete every prompt of --input-file, print each result as it is finished and write all to --output-file. Ctrl-C
@@ -262,14 +277,7 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
             raise InputError(f"--resume --logprobs: results in {args.output_file} are without; leave --resume out")
     checkpoint, tokenizer = Checkpoint(args.ckpt_path, args.config), load_tokenizer(args.ckpt_path)
     if first:
-        model_args = checkpoint.args
-        shown = tqdm(prompts, desc="tokens", leave=False, delay=1)
-        ids = [encode(tokenizer, item.get("prompt") or item["messages"], args.system) for item in shown]
-        max_seq_len = args.max_seq_len or min(max(map(len, ids)) + params.max_tokens, model_args.max_seq_len)
-        rows = min(args.max_batch_size or model_args.max_batch_size, len(ids))
-        for number, prompt in enumerate(ids, 1):
-            check_ids(prompt, model_args, max_seq_len, f"{args.input_file}: prompt {number}")
-        job = Job(ids, params, set(results.done), rows, max_seq_len)
+        job = make_job(args, params, prompts, set(results.done), checkpoint.args, tokenizer)
     parallel, _ = join_ranks(choose_device(args.device))
     job = parallel.broadcast_object(job)
     if len(job.done) == len(job.prompts):
@@ -301,8 +309,8 @@ def batch(args: Namespace, params: SamplingParams, load: Callable[..., LLM], sta
     previous = signal.signal(signal.SIGINT, on_signal)
     start = time.perf_counter()
     try:
-        total, so_far = len(job.prompts), len(job.done)
-        with tqdm(total=total, initial=so_far, desc="prompts", miniters=0, mininterval=0.5, disable=not first) as bar:
+        counts = {"total": len(job.prompts), "initial": len(job.done)}
+        with tqdm(**counts, desc="prompts", miniters=0, mininterval=0.5, disable=not first) as bar:
             for request, _ in llm.run(requests, stopping):
                 if request.finish_reason in ("stop", "length"):
                     bar.update()

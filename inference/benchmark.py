@@ -173,13 +173,17 @@ def build(options: Namespace) -> Bench:
         load = " and a mean load of its experts" if options.expert_parallel else ""
         sums = f"rank 0 of {options.alone_of} alone: no sums over the ranks{load}"
         parallel = LoneRank(0, options.alone_of, options.expert_parallel, sums=sums)
+    left_out = []
     if options.prefill is None:
-        most = min(args.max_seq_len, options.max_seq_len or args.max_seq_len)
+        most = min(args.max_seq_len, options.max_seq_len or args.max_seq_len)  # one of them for the token that follows
         options.prefill = [case for case in PREFILLS if case[1] < most]
+        left_out = [f"{rows} x {length}" for rows, length in PREFILLS if length >= most]
     check_split(args, parallel.world_size, parallel.expert_parallel)
     start = time.perf_counter()
     in_memory = replace(weights_in_memory(args, options.gemm, device), n_mtp_layers=min(args.n_mtp_layers, options.mtp))
     rows, length = largest_case(options, args)
+    if left_out and is_first():
+        print(f"prefill {', '.join(left_out)} left out: the cache has {most} places", file=sys.stderr)
     sizes = {"max_batch_size": rows, "max_seq_len": length, "chunk": options.prefill_chunk, "drafts": options.mtp}
     model, needs = allocate(in_memory, parallel, device, **sizes)
     bench = Bench(options, in_memory, model, parallel, device, startup, needs.weights)

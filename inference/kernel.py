@@ -270,7 +270,8 @@ def gemm_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    y = x w^T for every linear of the model: a program computes a BLOCK_M x BLOCK_N tile over one of SPLIT parts of K.
+    y = x w^T for every linear of the model: a program computes a BLOCK_M x BLOCK_N tile over one of SPLIT parts of K,
+    UNROLL slices of which are fetched at a time.
 
     FORMAT "fp8": x and w in e4m3, each slice of 128 of K scaled as it is summed in fp32. "w8a16": w in e4m3 and x in
     bf16. "wide": neither in e4m3. HALVES = 2: w is [2, N, K] and y = silu(x w[0]^T) * (x w[1]^T); QUANTISE writes it in

@@ -30,6 +30,7 @@ from sampling import SamplingParams
 from text import Message
 
 DATA = Path(__file__).with_name("eval")
+PICTURES = ".png", ".svg", ".pdf"
 GREEDY = SamplingParams(temperature=0, max_tokens=120)
 
 
@@ -144,8 +145,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=positive, default=64, help="questions at a time")
     options = parser.parse_args()
-    if options.picture and (options.picture.suffix != ".png" or not options.picture.parent.is_dir()):
-        parser.error(f"--picture {options.picture}: wanted a .png in a folder that exists")
+    if options.picture and (options.picture.suffix not in PICTURES or not options.picture.parent.is_dir()):
+        parser.error(f"--picture {options.picture}: wanted {', '.join(PICTURES)} in a folder that exists")
     if options.against:
         Checkpoint(options.against).check()  # before the minutes that the rest takes
     nouns = read_lines(DATA / "nouns.jsonl")[: options.nouns]
