@@ -151,7 +151,7 @@ def mla(heads: int, rows: int, length: int, queries: int, device: torch.device, 
     caches = [cache.clone() for _ in range(copies(nbytes, cold_bytes))]
     which = torch.arange(rows, device=device)
     positions = torch.arange(length - queries, length, device=device).expand(rows, -1).contiguous()
-    w_uv, o = q.new_ones(heads, 128, C), q.new_ones(rows, queries, heads, C)
+    w_uv, o = torch.randn(heads, 128, C).to(q), torch.randn(rows, queries, heads, C).to(q)
     attend = partial(latent_attention, q, rows=which, positions=positions, kv_len=length, scale=(128 + R) ** -0.5, C=C)
     calls = [lambda c=c: expand_value(attend(cache=c), w_uv) for c in caches]
     expansions = [lambda: expand_value(o, w_uv)] * len(calls)

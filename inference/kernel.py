@@ -266,12 +266,12 @@ def gemm_kernel(
     FORMAT: tl.constexpr, HALVES: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     EVEN_K: tl.constexpr,
     QUANTISE: tl.constexpr, MIN_AMAX: tl.constexpr, E4M3_MAX: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, UNROLL: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, SWAP: tl.constexpr,
+    UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    y = x w^T for every linear of the model: a program computes a BLOCK_M x BLOCK_N tile over one of SPLIT parts of K,
-    UNROLL slices of which are fetched at a time.
+    y = x w^T for every linear of the model: a program multiplies for one of PIECES parts of a BLOCK_M x BLOCK_N tile,
+    over one of SPLIT parts of K, UNROLL slices of which are fetched at a time.
 
     FORMAT "fp8": x and w in e4m3, each slice of 128 of K scaled as it is summed in fp32. "w8a16": w in e4m3 and x in
     bf16. "wide": neither in e4m3. HALVES = 2: w is [2, N, K] and y = silu(x w[0]^T) * (x w[1]^T); QUANTISE writes it in
@@ -281,7 +281,7 @@ def gemm_kernel(
 
     Few tokens: bound by reading w, once. So K is split until every multiprocessor has several programs with loads in
     flight, and w is the left operand (SWAP), whose tile is never padded, while the tokens fill 16 columns. The program
-    that finishes a tile's last part sums the parts, in order. Many tokens: bound by the tensor cores.
+    that finishes a tile last sums the parts, in order. Many tokens: bound by the tensor cores.
 
     On an H200, one token: 31.6 us for 7168 x 16384, 86 % of the bandwidth, but 4.8 for 3072 x 1536, 23 %: launching,
     waiting for the first bytes and summing the parts take 3 to 7 us of any product.
@@ -290,14 +290,17 @@ def gemm_kernel(
     n_slices = tl.cdiv(K, BLOCK)
     per_part = tl.cdiv(n_slices, SPLIT)
     part = tl.program_id(0) % SPLIT
-    tile = tl.program_id(0) // SPLIT
+    tile = tl.program_id(0) // (SPLIT * PIECES)
     n_tile = tile % n_tiles
     m_tile = tile // n_tiles
+    WIDTH: tl.constexpr = BLOCK_N // PIECES
+    first_own = n_tile * BLOCK_N + tl.program_id(0) // SPLIT % PIECES * WIDTH
+    own = first_own + tl.arange(0, WIDTH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if TOP_K == 0 and SWAP:  # the weights are known: on their way while the kernels before this one finish
             LINES: tl.constexpr = BLOCK * w_ptr.dtype.element_ty.primitive_bitwidth // 1024  # of 128 bytes, of a slice
-            row = tl.minimum(n_tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+            row = tl.minimum(own, N - 1).to(tl.int64)
             column = tl.minimum(part * per_part * BLOCK + tl.arange(0, LINES) * (BLOCK // LINES), K - 1)
             first_slice = w_ptr + row[:, None] * K + column[None, :]
             prefetch(first_slice)
@@ -321,13 +324,12 @@ def gemm_kernel(
         x_row = y_row
     x_row = tl.where(live, x_row, 0).to(tl.int64)
     first_row = tl.load(tile_start_ptr + m_tile) if TOP_K > 0 else m_tile * BLOCK_M
-    cols = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_out = expert * HALVES * N + n_tile * BLOCK_N
+    first_out = expert * HALVES * N + first_own
     k = tl.arange(0, BLOCK)
     if not TMA_X:
         x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
     if not TMA_W:
-        w_row = expert * HALVES * N + tl.where(cols < N, cols, 0)
+        w_row = expert * HALVES * N + tl.where(own < N, own, 0)
         w_ptrs = w_ptr + w_row.to(tl.int64)[:, None] * K + k[None, :]
         up_ptrs = w_ptrs + tl.cast(N, tl.int64) * K
     scale_rows = tl.cdiv(N, BLOCK)
@@ -335,7 +337,7 @@ def gemm_kernel(
     up_scale_ptrs = w_scale_ptrs + scale_rows * n_slices
     x_scale_ptrs = x_scale_ptr + x_row * x_scale_m
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((WIDTH, BLOCK_M) if SWAP else (BLOCK_M, WIDTH), dtype=tl.float32)
     up = acc
     first = tl.minimum(part * per_part, n_slices - 1)
     # The scales of the next slice are fetched while this one is multiplied.
@@ -375,25 +377,28 @@ def gemm_kernel(
         acc = tl.trans(acc)
         up = tl.trans(up)
 
-    if SPLIT > 1:
-        at = slots[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        here = live[:, None] & (cols < N)[None, :]
+    cols = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = live[:, None] & (cols < N)[None, :]
+    if SPLIT * PIECES > 1:
         partials = partial_ptr + tile.to(tl.int64) * (SPLIT * HALVES * BLOCK_M * BLOCK_N)
-        tl.store(partials + part * (HALVES * BLOCK_M * BLOCK_N) + at, acc, mask=here)
+        mine = part * (HALVES * BLOCK_M * BLOCK_N) + slots[:, None] * BLOCK_N + (own - n_tile * BLOCK_N)[None, :]
+        here = live[:, None] & (own < N)[None, :]
+        tl.store(partials + mine, acc, mask=here)
         if HALVES == 2:
-            tl.store(partials + part * (HALVES * BLOCK_M * BLOCK_N) + BLOCK_M * BLOCK_N + at, up, mask=here)
+            tl.store(partials + BLOCK_M * BLOCK_N + mine, up, mask=here)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived < SPLIT - 1:
+        if arrived < SPLIT * PIECES - 1:
             return
         tl.store(counter_ptr + tile, 0)
+        at = slots[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = acc
         for i in tl.range(SPLIT, loop_unroll_factor=4 if BLOCK_M == 16 else 1):
             others = partials + i * (HALVES * BLOCK_M * BLOCK_N) + at
-            acc += tl.load(others, mask=here, other=0.0, cache_modifier=".cg")
+            acc += tl.load(others, mask=inside, other=0.0, cache_modifier=".cg")
             if HALVES == 2:
-                up += tl.load(others + BLOCK_M * BLOCK_N, mask=here, other=0.0, cache_modifier=".cg")
+                up += tl.load(others + BLOCK_M * BLOCK_N, mask=inside, other=0.0, cache_modifier=".cg")
 
     dtype: tl.constexpr = tl.bfloat16 if QUANTISE else y_ptr.dtype.element_ty
     if HALVES == 2:  # rounded where separate operations would round
@@ -401,7 +406,6 @@ def gemm_kernel(
         acc = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
     if SCATTER:
         acc *= tl.load(pair_weight_ptr + pair, mask=live, other=0.0)[:, None]
-    inside = live[:, None] & (cols < N)[None, :]
     y_ptrs = y_ptr + y_row.to(tl.int64)[:, None] * N + cols[None, :]
     if QUANTISE:
         acc = tl.where(inside, acc.to(dtype).to(tl.float32), 0.0)
@@ -448,7 +452,7 @@ def launch_gemm(
     gather = routing is not None and not gathered
     if tiles is None:
         m_tiles = routing[1].numel() if routing else cdiv(M, 64)
-        tiles = choose_tiles(tokens, m_tiles, N, cdiv(K, block_k), gated, wide, routing is not None)
+        tiles = choose_tiles(tokens, m_tiles, N, cdiv(K, block_k), gated, format, routing is not None)
         copies = K % 16 == 0 and on_hopper(x.device)
         if copies and format == "fp8" and 32 < tokens <= 64 and not gated and routing is None:
             tiles = medium_tiles(N, cdiv(K, block_k))
@@ -460,23 +464,25 @@ def launch_gemm(
     n_tiles = m_tiles * cdiv(N, tiles.block_n)
     count = counters(x.device)
     if n_tiles > count.numel():
-        tiles = tiles._replace(split=1)
-    size = n_tiles * tiles.split * (1 + gated) * tiles.block_m * tiles.block_n if tiles.split > 1 else 0
+        tiles = tiles._replace(split=1, pieces=1)
+    alone = tiles.split == tiles.pieces == 1
+    size = 0 if alone else n_tiles * tiles.split * (1 + gated) * tiles.block_m * tiles.block_n
     partial = x.new_empty(size, dtype=torch.float32)
     order, tile_expert, tile_start, tile_stop = routing or (count, count, count, count)
     w_bits = w.view(torch.uint8) if format == "w8a16" else w
+    w_box = [tiles.block_n // tiles.pieces, block_k]
     # Of programs of 4 warps three share one of Hopper's multiprocessors if they take at most 168 registers a thread.
     registers = {"maxnreg": 168} if format == "fp8" and tiles.tma_w and tiles.warps == 4 else {}
-    gemm_kernel[(n_tiles * tiles.split,)](
+    gemm_kernel[(n_tiles * tiles.split * tiles.pieces,)](
         TensorDescriptor.from_tensor(x, [tiles.block_m, block_k]) if tiles.tma_x else x,
         x if x_scale is None else x_scale,
-        TensorDescriptor.from_tensor(w_bits.flatten(0, -2), [tiles.block_n, block_k]) if tiles.tma_w else w_bits,
+        TensorDescriptor.from_tensor(w_bits.flatten(0, -2), w_box) if tiles.tma_w else w_bits,
         w if w_scale is None else w_scale, y, y if y_scale is None else y_scale, partial, count,
         order, tile_expert, tile_start, tile_stop, y if pair_weights is None else pair_weights,
         M, N, K, *((0, 0) if x_scale is None else x_scale.stride()), *((0, 0) if y_scale is None else y_scale.stride()),
         tiles.tma_x, tiles.tma_w, format, 1 + gated, top_k, gather, pair_weights is not None, K % block_k == 0,
         y_scale is not None, MIN_AMAX, E4M3_MAX, scale_fmt == UE8M0, block_k,
-        tiles.block_m, tiles.block_n, tiles.split, tiles.swap, tiles.unroll,
+        tiles.block_m, tiles.block_n, tiles.split, tiles.pieces, tiles.swap, tiles.unroll,
         num_warps=tiles.warps, num_stages=tiles.stages, **registers, **pdl_options(x.device),
     )  # fmt: skip
 

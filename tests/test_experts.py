@@ -328,6 +328,8 @@ def interpreted() -> None:
         (3, 5, 1000, 200, 2, "random", few._replace(split=3)),  # 8 slices, the last of 104: 3, 3 and 2
         (5, 3, 640, 128, 2, "skewed", few._replace(split=4)),  # 5 slices: 2, 2, 1 and none
         (20, 4, 300, 128, 2, "skewed", few._replace(block_n=64)),
+        (7, 4, 300, 200, 2, "skewed", few._replace(pieces=2)),
+        (7, 4, 600, 129, 2, "random", few._replace(split=3, pieces=2)),
         (70, 3, 256, 256, 2, "skewed", many),
         (40, 3, 456, 72, 1, "random", many._replace(block_m=32)),
     ):
@@ -389,6 +391,28 @@ def test_gpu_experts_in_tiles_of_any_size(block):
         assert torch.equal(again.values.view(torch.uint8), first.values.view(torch.uint8))
         assert torch.equal(again.scale, first.scale)
     assert gated_linear_ref(x, weight, scale, None).shape == first.values.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inter", "D"), [(2048, 7168), (256, 7168), (200, 456), (129, 1100)])
+def test_gpu_two_programs_to_a_tile(inter, D):
+    """Two slices of K at a time, each half of its outputs: to the bit what one program makes; twenty times."""
+    M, E, K = 40, 48, 4
+    w, w_scale = quantised_stack(random(E, 2, inter, D, seed=1, device="cuda") / D**0.5, None)
+    x, x_scale = act_quant(random(M, D, dtype=torch.bfloat16, device="cuda"))
+    routing = Routing(*(t.cuda() for t in sort_pairs_ref(choices(M, K, E, "skewed"), 0, E, 16)))
+    one, two = Tiles(16, 128, 1, 8, 3, True), Tiles(16, 128, 1, 4, 2, True, unroll=2, pieces=2)
+    for scale_fmt in SCALE_FMTS:
+        found = []
+        for tiles in [one, two._replace(stages=3), *[two] * 20]:
+            h = torch.full((M * K, inter), 0x7F, dtype=torch.uint8, device="cuda").view(E4M3)
+            h_scale = torch.full((cdiv(inter, 128), M * K), torch.nan, device="cuda").t()
+            options = {"routing": routing, "top_k": K, "block": 16, "tiles": tiles, "gated": True}
+            launch_gemm(x, x_scale, w, w_scale, h, h_scale, scale_fmt, **options)
+            found.append((h.view(torch.uint8), h_scale))
+        for values, scale in found[1:]:
+            assert torch.equal(values, found[0][0]) and torch.equal(scale, found[0][1])
+    assert not counters(x.device).any()
 
 
 @pytest.mark.gpu

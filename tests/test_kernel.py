@@ -277,11 +277,11 @@ def test_tiles_fit(format):
         if grouped and tokens == 999:
             continue
         N, m_tiles = inter * (1 if gated else 3), 200 if grouped else cdiv(tokens, 64)
-        tiles = choose_tiles(tokens, m_tiles, N, 32, bool(gated), format == "wide", bool(grouped))
+        tiles = choose_tiles(tokens, m_tiles, N, 32, bool(gated), format, bool(grouped))
         few = are_few(tokens, bool(grouped))
         row_of_w = 256 if few and format == "wide" else 128  # bytes that a step along K takes
         row_of_x = max(row_of_w, 256 if format == "w8a16" else 128)
-        stage = tiles.block_m * row_of_x + (1 + gated) * tiles.block_n * row_of_w
+        stage = tiles.block_m * row_of_x + (1 + gated) * tiles.block_n // tiles.pieces * row_of_w
         assert stage * tiles.stages * tiles.unroll <= 227 << 10, (tokens, gated, grouped, tiles)
         assert (1 + gated) * tiles.block_m * tiles.block_n <= 128 * 32 * tiles.warps, (tokens, gated, grouped, tiles)
 
@@ -347,6 +347,9 @@ def interpreted_gemm() -> None:
         (66, 129, 456, many),
         (130, 40, 256, many._replace(block_m=128)),
         (65, 200, 700, many._replace(split=2)),
+        (5, 200, 700, few._replace(block_n=128, pieces=2)),
+        (16, 65, 1100, few._replace(block_n=128, split=2, pieces=2)),  # the second piece has one output
+        (3, 129, 300, few._replace(block_n=128, pieces=4)),  # some have none
         (7, 33, 200, None),
         (40, 129, 3000, None),
     ]
@@ -495,14 +498,18 @@ def test_gpu_gemm_of_uneven_scales(M, N, K):
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("K", [128, 1100, 1408, 2048])
 def test_gpu_two_slices_at_a_time(K, split):
-    """The same sums as one by one, also of odd numbers of slices, the last of which is not whole."""
+    """The same sums as one by one, also of odd numbers of slices, the last of which is not whole; and in two pieces."""
     operands = *act_quant(random(5, K).cuda()), *weight_quant(random(200, K, seed=1).cuda())
     operands = [before_nans(operand) for operand in operands]
-    found = torch.full((2, 5, 200), torch.nan, device="cuda")
-    for unroll in (1, 2):
-        launch_gemm(*operands, found[unroll - 1], tiles=Tiles(16, 128, split, 4, 3, True, unroll=unroll))
-    assert relative(found[1], found[0].double()) < 1e-6
-    assert relative(found[1].cpu(), product(*(operand.cpu() for operand in operands))) < 1e-3
+    exact = product(*(operand.cpu() for operand in operands))
+    for unroll, pieces in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        found = torch.full((5, 200), torch.nan, device="cuda")
+        launch_gemm(*operands, found, tiles=Tiles(16, 128, split, 4, 3, True, unroll=unroll, pieces=pieces))
+        assert relative(found.cpu(), exact) < 1e-3, (unroll, pieces)
+        if unroll == pieces == 1:
+            first = found
+        assert relative(found, first.double()) < 1e-6, (unroll, pieces)
+    assert not counters(found.device).any()
 
 
 @pytest.mark.gpu
