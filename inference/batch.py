@@ -121,7 +121,10 @@ class Results:
         if resume:
             self.source = self.partial if self.file and self._mend() else self.path
             if self.source.exists():
-                self._read(self.source, prompts)
+                try:
+                    self._read(self.source, prompts)
+                except InputError as error:
+                    raise InputError(f"--resume: {error}; without --resume the job begins anew") from None
         self.seen = self._state()
 
     def _open(self, path: Path) -> FileIO:
@@ -156,7 +159,7 @@ class Results:
             known = type(index) is int and 0 <= index < len(prompts)
             whole = type(item.get("completion")) is str and type(item.get("token_ids")) is list
             if not known or not whole or not item.items() >= prompts[index].items():
-                raise InputError(f"--resume: {where} is no result of this input file")
+                raise InputError(f"{where} is no result of this input file")
             self.done[index] = item
 
     def begin(self) -> None:

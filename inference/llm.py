@@ -293,7 +293,7 @@ def check_memory(weights: int, cache: int, workspace: int, device: torch.device)
     needed = weights + cache + workspace
     if needed > free:
         more = "more GPUs (torchrun --nproc-per-node)" if on_gpu else "more memory"
-        less = "a smaller --max-batch-size, --max-seq-len or --prefill-chunk"
+        less = "fewer rows, a smaller --max-seq-len or --prefill-chunk"
         raise InputError(
             f"{device}: needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} weights, {cache / 1e9:.1f} cache, "
             f"{workspace / 1e9:.1f} workspace) and {free / 1e9:.1f} GB are {'free' if on_gpu else 'there'}; "

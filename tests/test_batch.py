@@ -368,7 +368,7 @@ def test_a_result_without_a_completion_is_none(tmp_path):
         ({"max_batch_size": 0}, "--max-batch-size 0: wanted 1"),
         ({"prefill_chunk": 2.5}, "--prefill-chunk 2.5: wanted 1"),
         ({"mtp": 17}, "--mtp 17: wanted 0 to 16"),
-        ({"max_batch_size": 10**8}, "are there; use a smaller --max-batch-size"),
+        ({"max_batch_size": 10**8}, "are there; use fewer rows, a smaller --max-seq-len"),
         ({"max_seq_len": "5"}, "--max-seq-len 5: wanted 2"),
         ({"max_seq_len": 100.0}, "--max-seq-len 100.0: wanted 2"),
     ],
@@ -395,14 +395,22 @@ def test_settings_of_another_type(params):
     assert SamplingParams(stop=["x"]).stop == SamplingParams(stop="x").stop == ("x",)
 
 
-def test_results_of_other_prompts_are_not_resumed(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"index": 0, "prompt": "What is a dog?", "completion": "x"}', " is no result of this input file"),
+        ('{"index": 0, "prompt": "What is a ki', ": not JSON: "),
+    ],
+)
+def test_results_of_other_prompts_are_not_resumed(tmp_path, line, message):
     (tmp_path / "in.txt").write_text("What is a kiln?\n")
-    (tmp_path / "out.jsonl").write_text(json.dumps({"index": 0, "prompt": "What is a dog?", "completion": "x"}) + "\n")
+    (tmp_path / "out.jsonl").write_text(line + "\n")
     arguments = ["--input-file", tmp_path / "in.txt", "--output-file", tmp_path / "out.jsonl", "--resume"]
     done = subprocess.run(job(*arguments), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2
-    assert "out.jsonl line 1 is no result of this input file" in done.stderr.splitlines()[-1]
-    assert "What is a dog?" in (tmp_path / "out.jsonl").read_text()
+    last = done.stderr.splitlines()[-1]
+    assert f"out.jsonl line 1{message}" in last and last.endswith("; without --resume the job begins anew")
+    assert (tmp_path / "out.jsonl").read_text() == line + "\n"
 
 
 def test_requests_of_any_kind(random_llm):

@@ -827,7 +827,7 @@ def test_too_little_memory(monkeypatch):
     check_memory(int(15e9), int(4e9), int(0.9e9), gpu)
     monkeypatch.setattr(os, "sysconf", lambda name: 10**5)
     check_memory(int(9e9), int(0.5e9), 0, torch.device("cpu"))
-    with pytest.raises(InputError, match=r"^cpu: needs 11\.0 GB .* 10\.0 GB are there; use a smaller --max-batch-size"):
+    with pytest.raises(InputError, match=r"^cpu: needs 11\.0 GB .* 10\.0 GB are there; use fewer rows"):
         check_memory(int(9e9), int(2e9), 0, torch.device("cpu"))
     with pytest.raises(InputError, match=r"^cpu: needs 11\.0 GB .* are there; the weights alone want more memory$"):
         check_memory(int(10.5e9), int(0.5e9), 0, torch.device("cpu"))
