@@ -80,7 +80,7 @@ def synthetic(folder: Path, args: ModelArgs, config: dict, seed: int = 0) -> Pat
 
 def v3_config(layers: int, experts: int) -> dict:
     """DeepSeek-V3's config.json, with fewer layers, the first of them dense, and fewer experts."""
-    args = ModelArgs.from_json(ROOT / "configs" / "config_671B.json")
+    args = ModelArgs.load(ROOT / "configs" / "config_671B.json")
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

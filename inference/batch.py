@@ -25,6 +25,7 @@ from engine import Request
 from errors import InputError, drop_output, is_first
 from llm import LLM, check_ids, completion
 from parallel import choose_device, join_ranks
+from safetensors_io import unique
 from sampling import SamplingParams
 from text import check_messages, encode, load_tokenizer
 
@@ -49,7 +50,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{path} line {number}"
         try:
-            item = json.loads(line)
+            item = json.loads(line, object_pairs_hook=unique)
             json.dumps(item, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise InputError(f"{where}: half of a surrogate pair, which is no character") from None
@@ -196,7 +197,8 @@ class Results:
         """
         if self.path is None:
             return
-        if interrupted and self.path.exists() and self.source != self.path:  # it is a job's before this one
+        earlier = self.path.exists() and self.path.stat().st_size > 0
+        if interrupted and earlier and self.source != self.path:  # it is a job's before this one
             if not self.done:
                 self.partial.unlink(missing_ok=True)
             return

@@ -130,9 +130,6 @@ class LoneRank(Parallel):
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def broadcast_object(self, value: Any) -> Any:
-        return value
-
 
 @dataclass
 class Bench:

@@ -272,10 +272,15 @@ class Checkpoint:
             found = f"{layers} layers of {experts} experts, but {len(self.tensors)} tensors"
             raise InputError(f"{self.path}: does not fit its config: {found}")
 
+    def close(self) -> None:
+        """Nothing is read any more."""
+        for file in self.files.values():
+            file.close()
+
     def _open(self, name: str) -> SafetensorsFile:
         # Links are followed, as the Hugging Face cache consists of them; devices and pipes are not files.
         if not (self.path / name).is_file():
-            raise InputError(f"{self.path / name}: no such file")
+            raise InputError(f"{self.path / name}: {'not a file' if (self.path / name).exists() else 'no such file'}")
         self.files[name] = SafetensorsFile(self.path / name)
         return self.files[name]
 

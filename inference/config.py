@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -124,9 +124,9 @@ class ModelArgs:
         """Raises InputError naming the first field that is of the wrong type, out of range or contradicts another."""
         optional_zero = {"n_dense_layers", "q_lora_rank", "n_mtp_layers", "n_routed_experts", "n_shared_experts"}
         for name, kind in get_type_hints(type(self)).items():
-            value, low = getattr(self, name), 0 if name in optional_zero else 1
+            value, low = getattr(self, name), 0 if name in optional_zero else 2 if name == "max_seq_len" else 1
             if kind is int and (type(value) is not int or not low <= value < 2**31):
-                raise InputError(f"config: {name} is {value!r}, wanted an integer of at least {low}")
+                raise InputError(f"config: {name} is {value!r}, wanted an integer of at least {low}, below 2^31")
             if kind is float and (type(value) not in (int, float) or not 1e-30 <= value <= 1e30):
                 raise InputError(f"config: {name} is {value!r}, wanted a number from 1e-30 to 1e30")
             if kind is float:  # JSON's integers have no limit, torch's have
@@ -168,13 +168,6 @@ class ModelArgs:
         return cls(**data)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> ModelArgs:
-        return cls.from_dict(read_json(path))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
     def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelArgs:
         """
         From a Hugging Face config.json (a path or its contents) of DeepSeek-V2, V3 or a model of the same class.
@@ -209,7 +202,10 @@ class ModelArgs:
     def load(cls, path: str | Path) -> ModelArgs:
         """From either kind of JSON, told apart by `model_type` / `architectures`, which only HF's has."""
         data = read_json(path)
-        return cls.from_hf(data) if "model_type" in data or "architectures" in data else cls.from_dict(data)
+        try:
+            return cls.from_hf(data) if "model_type" in data or "architectures" in data else cls.from_dict(data)
+        except InputError as error:
+            raise InputError(str(error).replace("config", str(path), 1)) from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -234,7 +230,7 @@ def _pop(hf: dict[str, Any], *names: str, default: Any) -> Any:
     """The value of a field that goes by any of `names`; absent or null means `default`."""
     given = {name: value for name in names if (value := hf.pop(name, None)) is not None}
     value = next(iter(given.values()), default)
-    if any(other != value for other in given.values()):
+    if len(given) > 1 and any(other != value for other in given.values()):
         raise InputError(f"config: {' and '.join(f'{name} = {other!r}' for name, other in given.items())} contradict")
     return value
 

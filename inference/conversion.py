@@ -43,7 +43,7 @@ from output import (
     to_json,
     write_file,
 )
-from safetensors_io import SCALES, Layout, SafetensorsFile, reporting
+from safetensors_io import SCALES, Layout, SafetensorsFile, SystemRefusal, reporting
 
 PIECE_BYTES = 1 << 20  # of a tensor as stored: larger ones leave the processor's cache between reading and writing
 ROUND_BYTES = 256 << 20  # written between two lines of the journal, at least
@@ -173,12 +173,14 @@ class Conversion:
             try:
                 self._write_weights()
                 self._write_other_files()
-            except InputError as error:
+            except SystemRefusal as error:
                 left, free = self.total - self._written(), free_bytes(self.target)
                 raise InputError(
                     f"{error}; {left:,} bytes are still to be written and {free:,} are free; the same command goes on "
                     f"from here, or remove {self.target}"
                 ) from None
+            except InputError as error:
+                raise InputError(f"{error}; remove {self.target}, which is not finished") from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"the same command goes on from here, or remove {self.target}") from None
         done = "converted", "copied"

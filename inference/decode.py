@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from errors import InputError
 from graphs import Graphs, padded
 from model import Step, Transformer
 from sampling import DRAFT, TOKEN, Kind, Sampling, SamplingParams, choose, penalised, setting_values
@@ -32,9 +33,9 @@ TokenLogprobs = tuple[float, list[tuple[int, float]]]
 
 class Output(NamedTuple):
     """
-    What a pass tells the host. shared [B, 2 + W + N], rank 0's integers: whether to stop, n_accepted, the new tokens
-    (W = N + 1; 1 after a prompt), the next drafts. own [B, W], top and top_ids [B, W, K]: with Kind.logprobs K, the new
-    tokens' log-probabilities and the K highest.
+    What a pass tells the host. shared [B, 2 + W + N], rank 0's integers: whether to stop (2 when logits of a prompt are
+    no numbers), n_accepted, the new tokens (W = N + 1; 1 after a prompt), the next drafts. own [B, W], top and top_ids
+    [B, W, K]: with Kind.logprobs K, the new tokens' log-probabilities and the K highest.
     """
 
     shared: torch.Tensor
@@ -53,10 +54,18 @@ class Flight:
             self.arrived.record()
 
     def read(self) -> tuple[bool, list[list[int]]]:
-        """Waits; whether to stop, and for each row the new tokens that count. The one point where the host waits."""
+        """
+        Waits; whether to stop, and for each row the new tokens that count. The one point where the host waits. Raises
+        InputError when logits of a prompt are NaN or infinite.
+        """
         if self.arrived is not None:
             self.arrived.synchronize()
         rows = self.output.shared.tolist()
+        if rows[0][0] > 1:
+            raise InputError(
+                "the model computes NaN or infinite logits: weights are damaged, or too large for its arithmetic; "
+                "compare the checkpoint's files with their published checksums"
+            )
         return bool(rows[0][0]), [row[2 : 3 + row[1]] for row in rows]
 
     def logprobs(self) -> list[list[TokenLogprobs]]:
@@ -159,7 +168,7 @@ class Decoder:
         token, _ = choose(penalised(logits, sampling, seen), sampling, start_pos + length, TOKEN)
         known[batch, length - 1] = torch.where(done, token, known[batch, length - 1])
         drafts = self._draft(h, known, length - 1, done, step, sampling)
-        shared = self._share(torch.zeros_like(length), token[:, None], drafts)
+        shared = self._share(torch.zeros_like(length), token[:, None], drafts, logits)
         self.position[rows] = start_pos + length
         self.tokens[rows] = shared[:, 2:]
         if kind.penalty:
@@ -273,9 +282,12 @@ class Decoder:
 
     # --- results ---
 
-    def _share(self, n_accepted: torch.Tensor, new: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+    def _share(
+        self, n_accepted: torch.Tensor, new: torch.Tensor, drafts: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Output.shared. Rank 0's go to all, so that ranks whose sums round differently cannot drift apart."""
-        stop = self.stop.expand(len(new), 1)
+        stop = self.stop if logits is None else torch.where(logits.isfinite().all(), self.stop, 2)
+        stop = stop.expand(len(new), 1)
         return self.model.parallel.broadcast(torch.cat([stop, n_accepted[:, None], new, drafts], dim=1))
 
     def _output(self, shared: torch.Tensor, logits: torch.Tensor, kind: Kind) -> Output:

@@ -117,7 +117,7 @@ class LLM:
             ("mtp", mtp or 0, 0, MAX_DRAFTS),
         ):
             if type(value) is not int or not low <= value <= high:
-                raise InputError(f"--{name.replace('_', '-')} {value}: wanted {low} to {high}")
+                raise InputError(f"--{name.replace('_', '-')} {value!r}: wanted {low} to {high}")
         self.max_seq_len = cache_length(args, max_seq_len)
         if gemm not in GEMMS:
             raise InputError(f"--gemm {gemm}: wanted one of {', '.join(GEMMS)}")
@@ -147,6 +147,8 @@ class LLM:
             if parallel.sums:
                 print(parallel.sums, file=sys.stderr)
         load_model(self.model, checkpoint, parallel, progress=verbose)
+        if checkpoint is not path:
+            checkpoint.close()
         options = prefill_chunk, keep_prefix, cuda_graph
         self.engine = Engine(self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, *options)
         if verbose and parallel.rank == 0:
@@ -252,6 +254,8 @@ class LLM:
 
         Raises InputError for ids that the model or the cache cannot take.
         """
+        if isinstance(token_ids, str):
+            raise InputError("logprobs takes token ids, not text")
         ids = list(token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)
         check_ids(ids, self.model.args, len(ids) + 1)
         if len(ids) > self.max_seq_len:

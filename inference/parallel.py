@@ -207,8 +207,13 @@ def join_ranks(device: str, expert_parallel: bool = False) -> tuple[Parallel, to
         if limit and int(value) >= limit:
             raise InputError(f"{name} is {value}, wanted less than {limit}: torchrun sets it")
     if device == "cuda":
-        if "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (local := os.environ.get("LOCAL_RANK")) is not None:
+            n = torch.cuda.device_count()
+            if not local.isdecimal() or int(local) >= n:
+                raise InputError(
+                    f"LOCAL_RANK is {local!r}, of {n} GPUs here; torchrun sets it, --nproc-per-node {n} at most"
+                )
+            torch.cuda.set_device(int(local))
         torch_device = torch.device("cuda", torch.cuda.current_device())
     return replace(Parallel() if alone else joined(torch_device), expert_parallel=expert_parallel), torch_device
 

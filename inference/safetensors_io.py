@@ -88,7 +88,7 @@ class SafetensorsFile:
         if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
             raise self._garbled(f"its header does not fit into its {size} bytes; is it cut short?")
         try:
-            header = json.loads(self._pread(header_bytes, 8), object_pairs_hook=_unique)
+            header = json.loads(self._pread(header_bytes, 8), object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise self._garbled(f"its header is not JSON ({error})") from None
         if not isinstance(header, dict):
@@ -98,9 +98,12 @@ class SafetensorsFile:
             raise self._garbled("__metadata__ is not a map of strings")
         self.tensors = self._tensors(header, 8 + header_bytes, size)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+    def close(self) -> None:
+        """Its tensors refer to it: left to itself it stays open until Python collects cycles."""
+        if (fd := self.__dict__.pop("_fd", None)) is not None:
+            os.close(fd)
+
+    __del__ = close
 
     def _tensors(self, header: dict[str, Any], start: int, size: int) -> dict[str, StoredTensor]:
         tensors = {}
@@ -276,13 +279,17 @@ class SafetensorsWriter:
             self.temporary.unlink(missing_ok=True)
 
 
+class SystemRefusal(InputError):
+    """What the system does not do: no room, no permission, a broken disk."""
+
+
 @contextlib.contextmanager
 def reporting(path: Path, what: str = "cannot be written") -> Iterator[None]:
-    """What the system refuses -> InputError that names the file."""
+    """What the system refuses -> SystemRefusal that names the file."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: {what}: {error.strerror}") from None
+        raise SystemRefusal(f"{path}: {what}: {error.strerror}") from None
 
 
 def sync_folder(path: Path) -> None:
@@ -294,7 +301,8 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose last value of a name would hide the others."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name appears twice")

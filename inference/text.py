@@ -90,6 +90,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str | list[Message], syst
     in front unless it brings a system message of its own. Text is the user's only message, and without a chat template
     (a base model) text to continue.
     """
+    try:
+        (prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)).encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt has half of a surrogate pair, which is no character") from None
     if isinstance(prompt, str) and not tokenizer.chat_template:
         if system:
             raise InputError("--system needs a chat template, and this checkpoint's tokenizer has none")

@@ -70,10 +70,10 @@ dist_all_reduce, dist_all_gather = dist.all_reduce, dist.all_gather
 
 
 def main() -> None:
-    init_process_group, set_device = dist.init_process_group, torch.cuda.set_device
+    init_process_group = dist.init_process_group
     dist.init_process_group = lambda backend: init_process_group("gloo")
     dist.all_reduce, dist.all_gather = all_reduce_by_cpu, all_gather_by_cpu
-    torch.cuda.set_device = lambda _: set_device(0)
+    os.environ["LOCAL_RANK"] = "0"
     torch.cuda.can_device_access_peer = lambda *_: True
     parallel.Parallel.all_gather, parallel.Parallel.broadcast = all_gather, broadcast
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"

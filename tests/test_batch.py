@@ -36,7 +36,10 @@ def tiny(request) -> LLM:
 @pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
 def random_llm(request, tmp_path_factory) -> LLM:
     folder = make_hf(tmp_path_factory.mktemp("hf") / "model", "v3", "fp32", mtp=2)
-    return LLM(folder, device="cpu", max_batch_size=4, max_seq_len=128, mtp=request.param)
+    llm = LLM(folder, device="cpu", max_batch_size=4, max_seq_len=128, mtp=request.param)
+    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert not any(path.startswith(str(folder.resolve())) for path in opened), "files that nothing reads any more"
+    return llm
 
 
 # --- stop strings -----------------------------------------------------------------------------------------------------
@@ -248,6 +251,12 @@ def test_an_interrupted_job_leaves_the_results_of_an_earlier_one(tmp_path):
     results.add(2, a_result(2))
     results.finish(interrupted=True)
     assert output.read_bytes() == lines_of(0, 1, 2) and set(os.listdir(tmp_path)) == {"out"}
+    output.write_bytes(b"")  # holds nobody's results
+    results = Results(str(output), tmp_path / "in", prompts, resume=False)
+    results.begin()
+    results.add(1, a_result(1))
+    results.finish(interrupted=True)
+    assert output.read_bytes() == lines_of(1) and set(os.listdir(tmp_path)) == {"out"}
 
 
 def test_two_jobs_do_not_write_one_file(tmp_path):
@@ -369,7 +378,7 @@ def test_a_result_without_a_completion_is_none(tmp_path):
         ({"prefill_chunk": 2.5}, "--prefill-chunk 2.5: wanted 1"),
         ({"mtp": 17}, "--mtp 17: wanted 0 to 16"),
         ({"max_batch_size": 10**8}, "are there; use fewer rows, a smaller --max-seq-len"),
-        ({"max_seq_len": "5"}, "--max-seq-len 5: wanted 2"),
+        ({"max_seq_len": "5"}, "--max-seq-len '5': wanted 2"),
         ({"max_seq_len": 100.0}, "--max-seq-len 100.0: wanted 2"),
     ],
 )
@@ -411,6 +420,23 @@ def test_results_of_other_prompts_are_not_resumed(tmp_path, line, message):
     last = done.stderr.splitlines()[-1]
     assert f"out.jsonl line 1{message}" in last and last.endswith("; without --resume the job begins anew")
     assert (tmp_path / "out.jsonl").read_text() == line + "\n"
+
+
+def test_weights_that_are_no_numbers_are_an_error(random_llm):
+    weight = random_llm.model.norm.weight
+    with torch.no_grad():
+        before, weight[3] = weight[3].clone(), torch.nan
+        try:
+            for params in (SamplingParams(temperature=0), SamplingParams(temperature=1.0, logprobs=1)):
+                with pytest.raises(InputError, match="NaN or infinite logits: weights are damaged"):
+                    random_llm.generate([[5, 6, 7]], params)
+        finally:
+            weight[3] = before
+    assert random_llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2))[0].token_ids
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        random_llm.generate("What is a \ud800?")
+    with pytest.raises(InputError, match="takes token ids, not text"):
+        random_llm.logprobs("What is a kiln?")
 
 
 def test_requests_of_any_kind(random_llm):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,7 @@ def set_config(folder: Path, **fields) -> None:
 
 
 def our_config(folder: Path) -> None:
-    (folder / "config.json").write_text(Checkpoint(folder).args.to_json())
+    (folder / "config.json").write_text(json.dumps(asdict(Checkpoint(folder).args)))
 
 
 DAMAGE = {
@@ -222,7 +223,7 @@ def test_a_weight_that_is_no_number_is_named(small, tmp_path, run, value):
     edit(source, lambda t: t[WEIGHT][3].fill_(value))
     code, out, err = run(source, tmp_path / "out")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert f"{WEIGHT} holds NaN or infinite values" in err and f"or remove {tmp_path / 'out'}" in err
+    assert f"{WEIGHT} holds NaN or infinite values" in err and f"; remove {tmp_path / 'out'}, which" in err
 
 
 def test_inputs_and_arguments_that_are_refused(small, tmp_path, run):

@@ -20,6 +20,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,7 @@ def test_folders_that_hold_the_same_model_answer_alike(folder, input_file, tmp_p
     bare = Path(shutil.copytree(folder, tmp_path / "bare"))
     args = ModelArgs.load(bare / "config.json")
     (bare / "config.json").unlink()
-    (tmp_path / "config.json").write_text(args.to_json())
+    (tmp_path / "config.json").write_text(json.dumps(asdict(args)))
     results = []
     for path, *options in ((folder,), (tmp_path / "converted",), (bare, "--config", tmp_path / "config.json")):
         argv = ("--input-file", input_file, "--output-file", tmp_path / "out.jsonl", "--max-new-tokens", 6)
@@ -672,6 +673,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 # Lines of a .jsonl file -> what should be said about the last of them.
 BAD_LINES = {
     "not JSON": ('{"prompt": "x"', "line 3: not JSON"),
+    "twice": ('{"prompt": "x", "prompt": "y"}', "line 3: not JSON: a name appears twice"),
     "not an object": ('["x"]', 'line 3: wanted an object with either "prompt" or "messages"'),
     "neither": ('{"text": "x"}', "line 3: wanted an object"),
     "both": ('{"prompt": "x", "messages": []}', "line 3: wanted an object"),

@@ -211,6 +211,7 @@ def test_the_gpu_of_a_process(monkeypatch, local_rank):
     current = [3]
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank:
@@ -218,6 +219,10 @@ def test_the_gpu_of_a_process(monkeypatch, local_rank):
     parallel, device = join_ranks("cuda")
     assert parallel == Parallel() and device == torch.device("cuda", int(local_rank or 3))
     assert current == [device.index]
+    for wrong in ("4", "x"):
+        monkeypatch.setenv("LOCAL_RANK", wrong)
+        with pytest.raises(InputError, match=f"LOCAL_RANK is '{wrong}', of 4 GPUs here"):
+            join_ranks("cuda")
 
 
 def test_an_environment_that_no_launcher_leaves(monkeypatch):
