@@ -335,8 +335,8 @@ class Checkpoint:
             check_split(self.args, world_size, expert_parallel)
         elif self.mp != world_size:
             raise InputError(
-                f"{self.path}: converted for {self.mp} ranks and run with {world_size}; start it with torchrun "
-                f"--nproc-per-node {self.mp} (over several nodes, their sum), or convert it again"
+                f"{self.path}: converted for {self.mp} rank{'s' * (self.mp > 1)} and run with {world_size}; start it "
+                f"with torchrun --nproc-per-node {self.mp} (over several nodes, their sum), or convert it again"
             )
         elif self.expert_parallel != expert_parallel:
             how = "with" if self.expert_parallel else "without"

@@ -347,7 +347,7 @@ def main() -> None:
         model, mp = checkpoint.args, mp or checkpoint.mp
         expert_parallel = expert_parallel or checkpoint.expert_parallel
         if checkpoint.kind != "hf" and mp != checkpoint.mp:
-            made = f"{options.ckpt_path} was converted for {checkpoint.mp} ranks"
+            made = f"{options.ckpt_path} was converted for {checkpoint.mp} rank{'s' * (checkpoint.mp > 1)}"
             raise InputError(f"--model-parallel {mp}: {made}; leave the flag out, or give the folder it was made from")
         checkpoint.check(mp, 0, expert_parallel)
     else:
