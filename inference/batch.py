@@ -20,12 +20,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from checkpoint import Checkpoint
-from config import ModelArgs
+from config import ModelArgs, unique
 from engine import Request
 from errors import InputError, drop_output, is_first
 from llm import LLM, check_ids, completion
 from parallel import choose_device, join_ranks
-from safetensors_io import unique
 from sampling import SamplingParams
 from text import check_messages, encode, load_tokenizer
 

@@ -273,7 +273,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: does not fit its config: {found}")
 
     def close(self) -> None:
-        """Nothing is read any more."""
+        """No tensor is read any more."""
         for file in self.files.values():
             file.close()
 

@@ -205,7 +205,15 @@ class ModelArgs:
         try:
             return cls.from_hf(data) if "model_type" in data or "architectures" in data else cls.from_dict(data)
         except InputError as error:
-            raise InputError(str(error).replace("config", str(path), 1)) from None
+            raise InputError(f"{path}{str(error).removeprefix('config')}") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object without a name that appears twice, of which the last value would hide the others."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -147,8 +147,7 @@ class LLM:
             if parallel.sums:
                 print(parallel.sums, file=sys.stderr)
         load_model(self.model, checkpoint, parallel, progress=verbose)
-        if checkpoint is not path:
-            checkpoint.close()
+        checkpoint.close()
         options = prefill_chunk, keep_prefix, cuda_graph
         self.engine = Engine(self.model, max_batch_size, self.max_seq_len, self.stop_ids, n_drafts, *options)
         if verbose and parallel.rank == 0:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from config import unique
 from errors import InputError
 
 DTYPES = {
@@ -299,14 +300,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose last value of a name would hide the others."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice")
-    return found
 
 
 def _are_sizes(values: Any) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from batch import Results, read_prompts
+from checkpoint import Checkpoint
 from checkpoints import make_hf
 from engine import Request
 from errors import InputError
@@ -36,10 +37,7 @@ def tiny(request) -> LLM:
 @pytest.fixture(scope="module", params=[0, 2], ids=["plain", "mtp"])
 def random_llm(request, tmp_path_factory) -> LLM:
     folder = make_hf(tmp_path_factory.mktemp("hf") / "model", "v3", "fp32", mtp=2)
-    llm = LLM(folder, device="cpu", max_batch_size=4, max_seq_len=128, mtp=request.param)
-    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-    assert not any(path.startswith(str(folder.resolve())) for path in opened), "files that nothing reads any more"
-    return llm
+    return LLM(folder, device="cpu", max_batch_size=4, max_seq_len=128, mtp=request.param)
 
 
 # --- stop strings -----------------------------------------------------------------------------------------------------
@@ -420,6 +418,14 @@ def test_results_of_other_prompts_are_not_resumed(tmp_path, line, message):
     last = done.stderr.splitlines()[-1]
     assert f"out.jsonl line 1{message}" in last and last.endswith("; without --resume the job begins anew")
     assert (tmp_path / "out.jsonl").read_text() == line + "\n"
+
+
+@pytest.mark.parametrize("given", [Path, Checkpoint])
+def test_no_file_stays_open(tmp_path, given):
+    folder = make_hf(tmp_path / "model", "v3", "fp32")
+    llm = LLM(given(folder), device="cpu", max_batch_size=1, max_seq_len=16)
+    opened = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert llm.model is not None and not any(path.startswith(str(folder.resolve())) for path in opened)
 
 
 def test_weights_that_are_no_numbers_are_an_error(random_llm):
