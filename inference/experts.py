@@ -68,11 +68,13 @@ def gated_linear(
 
 def pair_block(x: torch.Tensor, pairs: int, n_local: int, w13: torch.Tensor, scale_fmt: str | None) -> int:
     """
-    How many pairs a tile takes: about what each of n_local experts has on average, and PAIRS where grouped.py takes
-    their weights. The reference takes all of an expert's.
+    How many pairs a tile takes: one of one token's; about what each of n_local experts has on average; and PAIRS where
+    grouped.py takes their weights. The reference takes all of an expert's.
     """
     if not on_gpu(x):
         return pairs
+    if len(x) == 1:
+        return 1
     mean, fp8 = pairs // n_local, w13.dtype == E4M3
     if mean > FEW and scale_fmt != W8A16 and takes(w13):
         return PAIRS

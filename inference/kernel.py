@@ -21,11 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from config import BLOCK_SIZE, UE8M0
 from gpu import capability, cdiv, counters, has_e4m3, on_hopper, pdl_options
+from one_token import launch_one_token, prefetch
+from scales import E4M3, E4M3_MAX, MIN_AMAX, scale_of, scale_of_ref
 from tiles import Tiles, are_few, choose_tiles, medium_tiles
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-MIN_AMAX = 1e-4  # keeps the scale of an all-zero group away from 0
 W8A16 = "w8a16"  # in place of a scale format: activations are not quantised
 FROM_THREADS = threading.Lock()  # two threads that launch a kernel for the first time would both compile and load it
 
@@ -45,28 +44,6 @@ class Quantised(NamedTuple):
     x: torch.Tensor | None
     values: torch.Tensor
     scale: torch.Tensor
-
-
-# --- scales -----------------------------------------------------------------------------------------------------------
-
-
-def scale_of_ref(amax: torch.Tensor, scale_fmt: str | None) -> torch.Tensor:
-    """s = max(amax, 1e-4) / 448, for ue8m0 rounded up to a power of two: s = 2 ** ceil(log2 s)."""
-    # A tensor divisor: torch divides by a Python number on CUDA through its reciprocal, which rounds differently.
-    scale = amax.clamp(min=MIN_AMAX) / torch.full_like(amax, E4M3_MAX)
-    if scale_fmt == UE8M0:
-        bits = scale.view(torch.int32)
-        scale = (((bits >> 23) + ((bits & 0x7FFFFF) != 0)) << 23).view(torch.float32)
-    return scale
-
-
-@triton.jit
-def scale_of(amax, MIN_AMAX: tl.constexpr, E4M3_MAX: tl.constexpr, UE8M0: tl.constexpr):
-    scale = tl.math.div_rn(tl.maximum(amax, MIN_AMAX), E4M3_MAX)
-    if UE8M0:
-        bits = scale.to(tl.int32, bitcast=True)
-        scale = (((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)) << 23).to(tl.float32, bitcast=True)
-    return scale
 
 
 # --- activations: one scale per token and 128 channels ----------------------------------------------------------------
@@ -248,13 +225,6 @@ def slice_scale(x_scale_ptrs, w_scale_ptrs, g, x_scale_g, FORMAT: tl.constexpr, 
     if FORMAT == "fp8":
         scale *= tl.load(x_scale_ptrs + g * x_scale_g)
     return scale
-
-
-@triton.jit
-def prefetch(ptrs):
-    """Start fetching the cache lines at `ptrs` into L2."""
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -445,6 +415,10 @@ def launch_gemm(
     N = w.shape[-2]
     wide = w.dtype != E4M3
     format = "wide" if wide else "w8a16" if x_scale is None else "fp8"
+    if tiles is None and (block or M) == 1 and not gathered and (wide or (gated and format == "fp8")):
+        options = {"gated": gated, "routing": routing, "top_k": top_k}
+        launch_one_token(x, x_scale, w, w_scale, y, y_scale, scale_fmt, **options)
+        return
     tokens = block if routing else M
     # 256 bytes of each weight's row at a time, not 128: V2-Lite's step of 64 rows 9.07 -> 8.99 ms.
     longer = x.element_size() == 2 and are_few(tokens, routing is not None) and on_hopper(x.device)

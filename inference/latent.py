@@ -19,7 +19,8 @@ from attention import Splits, cache_write
 from config import BLOCK_SIZE
 from fused import outputs, quantise_groups, quantised_ref, result, store_normed
 from gpu import cdiv, on_hopper, pdl_options
-from kernel import UE8M0, Quantised, act_quant, on_gpu, prefetch
+from kernel import UE8M0, Quantised, act_quant, on_gpu
+from one_token import prefetch
 
 _GROUP = tl.constexpr(BLOCK_SIZE)
 

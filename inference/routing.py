@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from gpu import cdiv, counters, pdl_options
-from kernel import linear_fp32, on_gpu, prefetch
+from kernel import linear_fp32, on_gpu
+from one_token import prefetch
 
 _LAST = tl.constexpr(0x7FFFFFFF)
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
@@ -45,7 +46,7 @@ class Routing(NamedTuple):
 
 def tile_count(pairs: int, n_local: int, block: int) -> int:
     """Tiles that suffice however the pairs fall: one an expert that has any, and one more for each full block."""
-    return min(pairs, n_local) + pairs // block
+    return min(pairs, min(pairs, n_local) + pairs // block)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def choose_tiles(tokens: int, m_tiles: int, N: int, slices: int, gated: bool, fo
     if gated and grouped and format == "fp8" and block_m == 16 and wide_tiles > 1000:
         # Reading 256 bytes of each weight's row at a time, three programs a multiprocessor: 64 rows 1,566 -> 1,482 us.
         return Tiles(block_m, 128, 1, 4, 2, True, unroll=2, pieces=2)
-    if gated:  # five parts, or four; of many tokens or tiles three at most; more to give each multiprocessor a program
-        most = (5 if grouped else 4) if tokens <= 16 and wide_tiles <= 2400 else min(3, 560 // wide_tiles)
+    if gated:  # five parts; of many tokens or tiles three at most; more to give each multiprocessor a program
+        most = 5 if tokens <= 16 and wide_tiles <= 2400 else min(3, 560 // wide_tiles)
         return Tiles(block_m, 128, parts(slices, max(132 // wide_tiles, most)), 8, 3, True)
     if grouped and wide:
         return Tiles(block_m, 64, 1, 4, 4 if wide_tiles < 600 else 3, True)

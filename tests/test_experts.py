@@ -18,6 +18,7 @@ from gpu import cdiv, counters
 from grouped import PAIRS, launch_grouped, takes
 from interpreter import interpret, needs_interpreter
 from kernel import E4M3, W8A16, Quantised, act_quant, act_quant_ref, launch_gemm, weight_quant
+from one_token import Rows, launch_one_token
 from routing import Routing, sort_pairs_ref, tile_count
 from test_fused import interpret_bf16_dots, poisoned
 from test_kernel import SCALE_FMTS, before_nans, relative, strided_before_nans
@@ -233,7 +234,7 @@ def test_experts(M):
 
 def test_pairs_of_a_tile(monkeypatch):
     """On a GPU a power of two, near an expert's mean, that the tensor cores take; tiles are few. On Hopper also 192."""
-    x = torch.empty(1, dtype=torch.bfloat16)
+    x = torch.empty(2, dtype=torch.bfloat16)
     w13 = torch.empty(1, 2, 256, 384, dtype=E4M3)
     assert pair_block(x, 72, 9, w13, None) == 72  # the reference takes an expert's pairs together
     monkeypatch.setattr("experts.on_gpu", lambda _: True)
@@ -246,6 +247,8 @@ def test_pairs_of_a_tile(monkeypatch):
     monkeypatch.setattr("grouped.capability", lambda _: (9, 0))
     blocks = [pair_block(x, 8 * M, 256, w13, "ue8m0") for M in range(1, 9000)]
     assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64, PAIRS}
+    assert pair_block(x[:1], 8, 256, w13, None) == 1  # of which there are no more than pairs
+    assert tile_count(8, 256, 1) == 8
     others = (w13, W8A16), (w13.bfloat16(), None), (w13[..., :129, :], None), (w13[..., :129], None)
     for weight, scale_fmt in others:  # for which gemm_kernel alone is there
         assert pair_block(x, 8 * 9000, 256, weight, scale_fmt) in (64, 128)
@@ -319,6 +322,41 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
     assert not counters(x.device).any(), case
 
 
+def check_one_token(device: str, M: int, E: int, D: int, inter: int, K: int, cuts: list[Rows | None]) -> None:
+    """Gate and up of tokens' pairs, one by one: against float64, as nothing is cut off on the way; and quantised."""
+    x, w = random(M, D, dtype=torch.bfloat16), random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5
+    indices = choices(M, K, E, "skewed")
+    routing = sort_pairs_ref(indices, 0, E - 1, 1)
+    pairs = routing.order[routing.tile_start[routing.tile_expert >= 0].long()].long()
+    values, w8 = act_quant_ref(x), quantised_stack(w, None)
+    wide = (x.bfloat16(), None), (w.bfloat16(), None)
+    on_device = Routing(*(t.to(device) for t in routing))
+    for inputs, weight in (wide, (values, w8)):
+        x64 = double(*inputs, rows=1)
+        ends = [(x64[p // K], indices.flatten()[p]) for p in pairs.tolist()]
+        gate, up = (
+            torch.stack(
+                [x @ double(weight[0][e, i], None if weight[1] is None else weight[1][e, i]).T for x, e in ends]
+            )
+            for i in (0, 1)
+        )
+        operands = [None if t is None else strided_before_nans(t.to(device)) for t in (*inputs, *weight)]
+        for cut in cuts:
+            case, options = (M, inter, D, cut), {"routing": on_device, "top_k": K, "gated": True, "cut": cut}
+            y = before_nans(torch.full((M * K, inter), torch.nan, device=device))
+            launch_one_token(*operands, y, **options)
+            assert relative(y[: len(pairs)].cpu(), silu_mul_exact(gate, up, torch.float64)) < 2e-6, case
+            assert y[len(pairs) :].isnan().all() and (y._base[y.nbytes :] == 0xFF).all(), case
+            for scale_fmt in SCALE_FMTS if weight[1] is not None else ():
+                h = torch.full((M * K, inter), 0x7F, dtype=torch.uint8, device=device).view(E4M3)
+                scale = torch.full((cdiv(inter, 128), M * K), torch.nan, device=device).t()
+                launch_one_token(*operands, h, scale, scale_fmt, **options)
+                found = Quantised(None, *(t.cpu()[: len(pairs)] for t in (h, scale)))
+                near = 0.0 if device == "cpu" else 1e-5 * torch.maximum(gate.abs(), up.abs()) + 1e-6
+                assert_e4m3_of(found, gate, up, near, torch.bfloat16, scale_fmt, case)
+    assert not counters(operands[0].device).any()
+
+
 def interpreted() -> None:
     torch.set_num_threads(1)
     interpret_bf16_dots()
@@ -334,6 +372,8 @@ def interpreted() -> None:
         (40, 3, 456, 72, 1, "random", many._replace(block_m=32)),
     ):
         interpreted_launches(M, E, D, inter, K, how, tiles)
+    check_one_token("cpu", 1, 7, 1400, 129, 3, [Rows(8, 1, 2, 96), Rows(4, 3, 1, 96), Rows(32, 1, 1, 96), None])
+    check_one_token("cpu", 3, 4, 304, 72, 2, [Rows(8, 2, 4, 96)])
     for M in (1, 7):
         check_gated("cpu", M, 200, 300, torch.float32, False)
         check_gated("cpu", M, 200, 456, torch.bfloat16, True)
@@ -391,6 +431,14 @@ def test_gpu_experts_in_tiles_of_any_size(block):
         assert torch.equal(again.values.view(torch.uint8), first.values.view(torch.uint8))
         assert torch.equal(again.scale, first.scale)
     assert gated_linear_ref(x, weight, scale, None).shape == first.values.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inter", "D"), [(2048, 7168), (256, 7168), (1408, 2048), (176, 2048), (200, 456)])
+def test_gpu_one_token_however_it_is_cut(inter, D):
+    cuts = [None, Rows(16, 1, 1, 96), Rows(8, 1, 4, 128), Rows(4, 1, 8, 96), *[Rows(8, 3, 2, 96)] * 10]
+    check_one_token("cuda", 1, 20, D, inter, 6, cuts)
+    check_one_token("cuda", 3, 6, D, inter, 2, cuts[:3])
 
 
 @pytest.mark.gpu

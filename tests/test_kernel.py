@@ -36,6 +36,7 @@ from kernel import (
     weight_quant_ref,
 )
 from model import Linear, Transformer
+from one_token import Rows, launch_one_token
 from parallel import Parallel
 from tiles import Tiles, are_few, choose_tiles
 
@@ -336,7 +337,7 @@ def interpreted() -> None:
 
 
 def interpreted_gemm() -> None:
-    """gemm_kernel as it is cut for few and for many tokens, in one part and in several, in its three formats."""
+    """Products cut for one, few and many tokens, in one part and in several, in three formats."""
     few, many = Tiles(16, 64, 1, 4, 3, True), Tiles(64, 128, 1, 4, 3, False)
     cases = [
         (1, 128, 128, few),
@@ -350,6 +351,10 @@ def interpreted_gemm() -> None:
         (5, 200, 700, few._replace(block_n=128, pieces=2)),
         (16, 65, 1100, few._replace(block_n=128, split=2, pieces=2)),  # the second piece has one output
         (3, 129, 300, few._replace(block_n=128, pieces=4)),  # some have none
+        (1, 128, 1024, Rows(16, 1, 1, 96)),
+        (1, 130, 2000, Rows(4, 3, 2, 96)),  # 6, 6 and 4 slices, of which a step takes 4 in FP8
+        (1, 65, 1100, Rows(8, 1, 3, 96)),
+        (1, 33, 200, None),
         (7, 33, 200, None),
         (40, 129, 3000, None),
     ]
@@ -367,10 +372,16 @@ def interpreted_gemm() -> None:
             "w8a16": [(x, None, b, b_scale)],
             "wide": [(x, None, w, None)],
         }
+        if isinstance(tiles, Rows):
+            del inputs["w8a16"]
         for kind, alike in inputs.items():
             for operands in alike:
                 y = before_nans(torch.full((M, N), torch.nan))
-                launch_gemm(*(None if t is None else strided_before_nans(t) for t in operands), y, tiles=tiles)
+                operands = [None if t is None else strided_before_nans(t) for t in operands]
+                if isinstance(tiles, Rows):
+                    launch_one_token(*operands, y, cut=tiles)
+                else:
+                    launch_gemm(*operands, y, tiles=tiles)
                 assert relative(y, wanted[kind]) < 1e-6, (kind, M, N, K, tiles)
                 assert (y._base[y.nbytes :] == 0xFF).all()  # what lies behind it is as it was
                 assert not counters(y.device).any(), (kind, M, N, K, tiles)
