@@ -2,7 +2,7 @@
 One token's linears, bound by reading the weights once. Without the tensor cores a warp can ask for 512 bytes of a row
 at a time, which an H200's memory serves at 4.7 TB/s, where a pipeline of tiles 128 bytes wide gets 4.2.
 
-Dimension letters: N out features, K in features, P pairs (token, expert).
+Dimension letters: N out features, K in features.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def one_token_kernel(
     y = x w^T as in gemm_kernel (kernel.py, whose names these are), for one row of x, or for tiles of one pair. A
     program: ROWS outputs of a TILE, over one of SPLIT parts of K; of each row CHUNKS of 512 bytes are on their way at a
     time. A warp has whole rows and an own copy of x, and so waits for no other.
+
+    On an H200, inside the step: V3's gate and up, 264 MB, in 65 us, 95 % of a copy's bandwidth. Not FP8's ungated
+    products: e4m3 has to become fp32 here, 2.5 instructions a number, and those are too short to hide it.
     """
     PIECES: tl.constexpr = TILE // ROWS
     LINES: tl.constexpr = 4 * triton.next_power_of_2(CHUNKS)  # of 128 bytes
