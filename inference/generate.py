@@ -59,6 +59,8 @@ def parse_arguments() -> Namespace:
     for flag, text in (("--system", args.system or ""), ("--stop", "".join(args.stop))):
         if any("\ud800" <= c <= "\udfff" for c in text):
             parser.error(f"{flag}: not UTF-8 text")
+    if "" in args.stop:
+        parser.error("--stop: wanted text that is not empty")
     if args.mtp is not None and not 0 <= args.mtp <= MAX_DRAFTS:
         parser.error(f"--mtp: wanted 0 to {MAX_DRAFTS}")
     return args

@@ -405,7 +405,8 @@ def launch_gemm(
     tiles: Tiles | None = None,
 ) -> None:
     """
-    Run gemm_kernel: x [.., K], w [.., N, K] -> y [.., N], and y_scale when y is in e4m3. `gated`: w has two halves.
+    Run gemm_kernel: x [.., K], w [.., N, K] -> y [.., N], and y_scale when y is in e4m3. `gated`: w has two halves. For
+    one row of x, or tiles of one pair, run one_token_kernel where it is faster.
 
     routing: order, tile_expert, tile_start, tile_stop, for tiles of `block` pairs, `top_k` a token: x has a row a token
     unless `gathered`, and y, with pair_weights, a row a pair.

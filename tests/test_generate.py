@@ -694,6 +694,7 @@ BAD_FLAGS = {
     "temperature nan": (["--temperature", "nan"], "--temperature is nan"),
     "top-p": (["--top-p", 0], "--top-p is 0.0, wanted a number above 0"),
     "seed": (["--seed", -1], "--seed is -1"),
+    "stop": (["--stop", "x", "--stop", ""], "--stop: wanted text"),
     "gemm": (["--gemm", "fp8"], "--gemm fp8: the checkpoint's weights are fp32"),
     "max-seq-len": (["--max-seq-len", 5000], f"--max-seq-len 5000: wanted 2 to {CONTEXT}"),
     "cuda": (["--device", "cuda"], "--device cuda: no CUDA GPU is visible"),
