@@ -40,7 +40,8 @@ import torch
 from checkpoint import tensor_specs
 from conversion import Piece, Reader, open_hf
 from fp8_cast_bf16 import SCALE, cast_folder, dequantise
-from kernel import E4M3, MIN_AMAX, weight_quant
+from kernel import E4M3, weight_quant
+from kernel_parts import MIN_AMAX
 from parallel import choose_device
 
 

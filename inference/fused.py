@@ -19,22 +19,13 @@ import triton.language as tl
 
 from config import BLOCK_SIZE
 from gpu import cdiv, counters, pdl_options
-from kernel import E4M3, E4M3_MAX, MIN_AMAX, UE8M0, Quantised, act_quant_ref, on_gpu, scale_of
+from kernel import E4M3, UE8M0, Quantised, act_quant_ref, on_gpu
+from kernel_parts import quantise_groups
 
-# As kernels see the constants of the format.
 _GROUP = tl.constexpr(BLOCK_SIZE)
-_MIN_AMAX = tl.constexpr(MIN_AMAX)
-_E4M3_MAX = tl.constexpr(E4M3_MAX)
 
 
 # --- shared by the kernels and by the references ----------------------------------------------------------------------
-
-
-@triton.jit
-def quantise_groups(x, UE8M0: tl.constexpr):
-    """x [groups, 128] fp32 -> x / s, to be cast to e4m3, and s [groups], as act_quant does."""
-    scale = scale_of(tl.max(tl.abs(x), 1), _MIN_AMAX, _E4M3_MAX, UE8M0)
-    return tl.math.div_rn(x, scale[:, None] + tl.zeros_like(x)), scale
 
 
 @triton.jit

@@ -17,10 +17,10 @@ import triton.language as tl
 
 from attention import Splits, cache_write
 from config import BLOCK_SIZE
-from fused import outputs, quantise_groups, quantised_ref, result, store_normed
+from fused import outputs, quantised_ref, result, store_normed
 from gpu import cdiv, on_hopper, pdl_options
 from kernel import UE8M0, Quantised, act_quant, on_gpu
-from one_token import prefetch
+from kernel_parts import prefetch, quantise_groups
 
 _GROUP = tl.constexpr(BLOCK_SIZE)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from gpu import cdiv, counters, pdl_options
 from kernel import linear_fp32, on_gpu
-from one_token import prefetch
+from kernel_parts import prefetch
 
 _LAST = tl.constexpr(0x7FFFFFFF)
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
@@ -45,8 +45,8 @@ class Routing(NamedTuple):
 
 
 def tile_count(pairs: int, n_local: int, block: int) -> int:
-    """Tiles that suffice however the pairs fall: one an expert that has any, and one more for each full block."""
-    return min(pairs, min(pairs, n_local) + pairs // block)
+    """Tiles that suffice however the pairs fall: one an expert and one more for each full block, but no empty ones."""
+    return min(pairs, n_local + pairs // block)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
