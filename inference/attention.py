@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import capability, cdiv, multiprocessors, on_hopper, pdl_options
 from kernel import on_gpu
+from kernel_parts import prefetch
 from many_queries import SIDE, launch_many_queries, takes
 
 LOG2_E = math.log2(math.e)
@@ -214,16 +215,16 @@ def latent_attention_ref(
 
 @triton.jit
 def latent_tile(ptr, stride, t, columns, n_columns: tl.constexpr):
-    """[t, columns] of the cache, zero before its start."""
-    mask = (t >= 0)[:, None] & (columns < n_columns)[None, :]
-    return tl.load(ptr + (t * stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+    """[t, columns] of a cache's row; before its start, its first entry: a mask would cost each load 3 instructions."""
+    ptrs = ptr + (tl.maximum(t, 0) * stride)[:, None] + columns[None, :]
+    return tl.load(ptrs, mask=(columns < n_columns)[None, :], other=0.0)
 
 
 @triton.jit
 def latent_attention_kernel(
-    q_ptr, cache_ptr, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, H, length, scale,
-    q_b, q_s, q_h, cache_row, cache_t, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, cache_ptr, rows_ptr, positions_ptr, out_ptr, lse_ptr, S, length, scale,
+    q_b, q_s, q_h, cache_row, cache_t, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr,
+    R_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     One program: BLOCK_M of a row's S * H queries (token and head), over one of the equal splits of the keys they see.
@@ -232,19 +233,23 @@ def latent_attention_kernel(
     bound by reading the cache, 2 (C + R) bytes a key (on an H200, the bandwidth of a copy for 128 rows of 4,096 keys;
     for one of 1,024 5 % of it: latency); beyond, by the tensor cores, 2 (2 C + R) operations a query and key.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     split, splits, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
     row = tl.load(rows_ptr + b)
     position = tl.load(positions_ptr + b * S + i // H, mask=i < S * H, other=0)
     position = tl.minimum(position, length - 1).to(tl.int32)
-    # Tiles count back from the last key that is seen: none reaches past it, and before a row's start zeros are loaded.
+    # Tiles count back from the last key that is seen: none reaches past it, but one before a row's start.
     seen = tl.max(position, 0) + 1
     tiles = tl.cdiv(seen, BLOCK_T)
     first, end = tiles * split // splits, tiles * (split + 1) // splits
+    cache_ptr += row.to(tl.int64) * cache_row
+    if PDL:  # the query is what the wait is for: the step, and all keys but the newest, were there before
+        t = tl.maximum(seen - (first + 1) * BLOCK_T + tl.arange(0, BLOCK_T), 0)
+        line = tl.minimum(tl.arange(0, triton.next_power_of_2((C + R) // 64)) * 64, C + R - 1)
+        prefetch(cache_ptr + (t * cache_t)[:, None] + line[None, :])
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     q_ptrs = q_ptr + b.to(tl.int64) * q_b + (i // H * q_s + i % H * q_h)[:, None]
     q_c = tl.load(q_ptrs + c[None, :], mask=(i < S * H)[:, None] & (c < C)[None, :], other=0.0)
@@ -252,7 +257,6 @@ def latent_attention_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
-    cache_ptr += row.to(tl.int64) * cache_row
     for tile in range(first, end):
         t = seen - (tile + 1) * BLOCK_T + tl.arange(0, BLOCK_T)
         kv_c = latent_tile(cache_ptr, cache_t, t, c, C)
@@ -299,12 +303,18 @@ class LatentConfig(NamedTuple):
     many: bool = False
 
 
-def latent_config(B: int, queries: int, dtype: torch.dtype, hopper: bool, many: bool = False) -> LatentConfig:
+def latent_config(
+    B: int, queries: int, kv_len: int, dtype: torch.dtype, hopper: bool, many: bool = False
+) -> LatentConfig:
     """How to run latent attention for B rows of `queries` = S * H. `many`: whether many_queries_kernel takes them."""
     if dtype == torch.float32:
         return LatentConfig(16, 16, num_warps=8, num_stages=1)
     if not hopper:  # as little as 99 KiB of shared memory
         return LatentConfig(16, 32, num_warps=4, num_stages=2)
+    if (
+        B * cdiv(queries, 16) == 1 and kv_len <= 2048
+    ):  # a program's time is that of its instructions: 16 us of V2-Lite's
+        return LatentConfig(16, 32, num_warps=4, num_stages=3)
     if queries <= 16 or B * cdiv(queries, 16) <= 16:
         return LatentConfig(16, 64, num_warps=4, num_stages=3)
     if many and B * cdiv(queries, 32) > 16:
@@ -335,8 +345,8 @@ def launch_latent(
         launch_many_queries(q, cache, rows, positions, scale, C, parts, lse)
     else:
         latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
-            q, cache, rows, positions, parts, lse, S, H, cache.shape[1], scale, *q.stride()[:3], *cache.stride()[:2],
-            C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SPLIT=splits > 1,
+            q, cache, rows, positions, parts, lse, S, cache.shape[1], scale, *q.stride()[:3], *cache.stride()[:2],
+            H, C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SPLIT=splits > 1,
             num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(q.device),
         )  # fmt: skip
     return parts[:, 0] if lse is None else Splits(parts, lse)
@@ -353,7 +363,8 @@ def latent_attention(
     if not on_gpu(q):
         return latent_attention_ref(q, cache, rows, positions, kv_len, scale, C)
     B, S, H, _ = q.shape
-    config = latent_config(B, S * H, q.dtype, on_hopper(q.device), takes(q, cache, C))
-    tiles = cdiv(min(kv_len, cache.shape[1]), config.block_t)
+    kv_len = min(kv_len, cache.shape[1])
+    config = latent_config(B, S * H, kv_len, q.dtype, on_hopper(q.device), takes(q, cache, C))
+    tiles = cdiv(kv_len, config.block_t)
     splits = latent_splits(B * cdiv(S * H, config.block_m), tiles, multiprocessors(q.device))
     return launch_latent(q, cache, rows, positions, scale, C, config, splits)

@@ -30,12 +30,12 @@ _GROUP = tl.constexpr(BLOCK_SIZE)
 
 @triton.jit
 def store_normed(
-    x, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, D: tl.constexpr, DTYPE: tl.constexpr,
+    x, mean_square, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, D: tl.constexpr, DTYPE: tl.constexpr,
     KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr,
 ):  # fmt: skip
-    """h = x / sqrt(mean(x^2) + eps) * weight, rounded to DTYPE, of token m as [groups, 128]; itself and quantised."""
+    """h = x / sqrt(mean_square + eps) * weight, rounded to DTYPE, of token m as [groups, 128]; itself and quantised."""
     inside = cols < D
-    h = (x * tl.rsqrt(tl.sum(x * x) / D + eps) * weight).to(DTYPE)
+    h = (x * tl.rsqrt(mean_square + eps) * weight).to(DTYPE)
     if KEEP:
         tl.store(h_ptr + m * D + cols, h, mask=inside)
     if QUANTISE:
@@ -127,48 +127,65 @@ def shared_row(buffers_ptr, rank, offset, like_ptr):
 
 
 @triton.jit
+def add_terms(total, delta_ptr, m, cols, D: tl.constexpr, TERMS: tl.constexpr):
+    for term in tl.static_range(TERMS):
+        total += tl.load(delta_ptr + (m * TERMS + term) * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def add_rms_norm_kernel(
     x_ptr, delta_ptr, weight_ptr, sum_ptr, h_ptr, values_ptr, scale_ptr, buffers, signals, offset, epochs_ptr, M, eps,
     D: tl.constexpr, TERMS: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr,
-    RANK: tl.constexpr, WORLD: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, GROUPS: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    One program: one token, as [GROUPS, 128]. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written: at
-    83 % of an H200's bandwidth for 8,192 tokens and 9 terms. For one token 3 us, latency.
+    One program: OWN groups of 128 of one token's GROUPS; all of them for the mean, which is cheaper than to wait for
+    others. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written: at 83 % of an H200's bandwidth for
+    8,192 tokens and 9 terms.
 
     With WORLD ranks each stores the sum of its own terms, and adds those of all in the ranks' order.
     """
     m = tl.program_id(0).to(tl.int64)
-    groups = tl.arange(0, GROUPS)
-    cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    inside = cols < D
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    cols = tl.arange(0, GROUPS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    groups = tl.program_id(1) * OWN + tl.arange(0, OWN)
+    own_cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    weight = tl.load(weight_ptr + own_cols, mask=own_cols < D, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_ptr + m * D + cols, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + m * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if WORLD > 1:
+        buffers_ptr = buffers.to(tl.pointer_type(tl.uint64))
+        own_ptr = shared_row(buffers_ptr, RANK, offset, x_ptr)
+        own_sum = add_terms(tl.zeros_like(x), delta_ptr, m, cols, D, TERMS)
+        tl.store(own_ptr + m * D + cols, own_sum.to(dtype), mask=cols < D)
+        meet(signals.to(tl.pointer_type(tl.uint64)), epochs_ptr + m, RANK, WORLD)
+        for rank in tl.static_range(WORLD):
+            peer_ptr = shared_row(buffers_ptr, rank, offset, x_ptr)
+            x += tl.load(peer_ptr + m * D + cols, mask=cols < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        x = x.to(dtype).to(tl.float32)
+    else:
+        x = add_terms(x, delta_ptr, m, cols, D, TERMS).to(dtype).to(tl.float32)
+    own = x
+    if OWN < GROUPS:
+        own = tl.load(x_ptr + m * D + own_cols, mask=own_cols < D, other=0.0).to(tl.float32)
+        own = add_terms(own, delta_ptr, m, own_cols, D, TERMS).to(dtype).to(tl.float32)
     if TERMS > 0:
-        total = tl.zeros_like(x) if WORLD > 1 else x
-        for term in tl.static_range(TERMS):
-            total += tl.load(delta_ptr + (m * TERMS + term) * D + cols, mask=inside, other=0.0).to(tl.float32)
-        if WORLD > 1:
-            buffers_ptr = buffers.to(tl.pointer_type(tl.uint64))
-            own_ptr = shared_row(buffers_ptr, RANK, offset, x_ptr)
-            tl.store(own_ptr + m * D + cols, total.to(x_ptr.dtype.element_ty), mask=inside)
-            meet(signals.to(tl.pointer_type(tl.uint64)), epochs_ptr + m, RANK, WORLD)
-            total = x
-            for rank in tl.static_range(WORLD):
-                peer_ptr = shared_row(buffers_ptr, rank, offset, x_ptr)
-                peer = tl.load(peer_ptr + m * D + cols, mask=inside, other=0.0, cache_modifier=".cg")
-                total += peer.to(tl.float32)
-        x = total
-        rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + m * D + cols, rounded, mask=inside)
-        x = rounded.to(tl.float32)
+        tl.store(sum_ptr + m * D + own_cols, own.to(dtype), mask=own_cols < D)
     store_normed(
-        x, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, D, x_ptr.dtype.element_ty, KEEP, QUANTISE,
-        UE8M0,
+        own, tl.sum(x * x) / D, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, own_cols, D, dtype, KEEP,
+        QUANTISE, UE8M0,
     )  # fmt: skip
+
+
+def own_groups(M: int, groups: int, quantise: bool) -> int:
+    """
+    How many of a token's `groups` a program normalises: of few tokens an eighth, where they are quantised, which alone
+    keeps a multiprocessor busy for a microsecond or two.
+    """
+    return max(groups // min(8, max(32 // M, 1)), 1) if quantise else groups
 
 
 def add_rms_norm(
@@ -190,12 +207,13 @@ def add_rms_norm(
         delta, total = delta.contiguous(), torch.empty_like(x)
         terms = delta.numel() // x.numel()
     h, values, scale = outputs(x, (M, D), quantise, keep)
-    groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
-    num_warps = min(max(groups // (4 if 16 < M <= 256 else 2), 1), 32)  # 16 or 8 elements a thread
     ranks = ranks or Ranks()
-    add_rms_norm_kernel[(M,)](
+    groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
+    own = own_groups(M, groups, quantise and ranks.world_size == 1)
+    num_warps = min(max(groups // (4 if own < groups or 16 < M <= 256 else 2), 1), 32)  # 16 or 8 elements a thread
+    add_rms_norm_kernel[(M, cdiv(cdiv(D, BLOCK_SIZE), own))](
         x, delta, weight, total, h, values, scale, ranks.buffers, ranks.signals, ranks.offset, ranks.epochs,
-        M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0, ranks.rank, ranks.world_size, groups,
+        M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0, ranks.rank, ranks.world_size, groups, own,
         num_warps=num_warps, **pdl_options(x.device),
     )  # fmt: skip
     return total, result(h, values, scale)

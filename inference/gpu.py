@@ -48,7 +48,8 @@ def on_hopper(device: torch.device) -> bool:
 def pdl_options(device: torch.device) -> dict[str, Any]:
     """
     Programmatic dependent launch: a kernel may start while the one before it drains, and waits (gdc_wait) before it
-    reads what that one wrote. Not under a profiler, to which their times would seem to overlap.
+    reads what that one wrote. Before that it may load what is older: weights, and where a step's tokens stand. Not
+    under a profiler, to which their times would seem to overlap.
 
     Products let the next kernel start (gdc_launch_dependents) at once. The small kernels do so only after their own
     wait: where each lets in the next at once, programs of several coming kernels fill the multiprocessors unevenly.

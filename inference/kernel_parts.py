@@ -38,9 +38,16 @@ def scale_of(amax, UE8M0: tl.constexpr):
 
 @triton.jit
 def quantise_groups(x, UE8M0: tl.constexpr):
-    """x [groups, 128] fp32 -> x / s, to be cast to e4m3, and s [groups], as act_quant does."""
+    """
+    x [groups, 128] fp32 -> x / s, to be cast to e4m3, and s [groups], as act_quant does.
+
+    A division is 10 instructions and a branch; one a group, and with its result q = x (1 / s), corrected by what
+    x - q s leaves, is as exact: rounded once.
+    """
     scale = scale_of(tl.max(tl.abs(x), 1), UE8M0)
-    return tl.math.div_rn(x, scale[:, None] + tl.zeros_like(x)), scale
+    inverse = tl.math.div_rn(1.0, scale)[:, None]
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, scale[:, None], x), inverse, quotient), scale
 
 
 @triton.jit

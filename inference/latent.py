@@ -17,7 +17,7 @@ import triton.language as tl
 
 from attention import Splits, cache_write
 from config import BLOCK_SIZE
-from fused import outputs, quantised_ref, result, store_normed
+from fused import outputs, own_groups, quantised_ref, result, store_normed
 from gpu import cdiv, on_hopper, pdl_options
 from kernel import UE8M0, Quantised, act_quant, on_gpu
 from kernel_parts import prefetch, quantise_groups
@@ -114,17 +114,23 @@ def latents_ref(
 
 @triton.jit
 def query_latent(
-    y_ptr, weight_ptr, q_ptr, values_ptr, scale_ptr, m, M, eps, RANK: tl.constexpr,
-    KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
+    y_ptr, weight_ptr, q_ptr, values_ptr, scale_ptr, m, M, part, eps, RANK: tl.constexpr, KEEP: tl.constexpr,
+    QUANTISE: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    groups = tl.arange(0, GROUPS)
-    cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    inside = cols < RANK
-    x = tl.load(y_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    cols = tl.arange(0, GROUPS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    groups = part * OWN + tl.arange(0, OWN)
+    own_cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    weight = tl.load(weight_ptr + own_cols, mask=own_cols < RANK, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    x = tl.load(y_ptr + cols, mask=cols < RANK, other=0.0).to(tl.float32)
+    own = x
+    if OWN < GROUPS:
+        own = tl.load(y_ptr + own_cols, mask=own_cols < RANK, other=0.0).to(tl.float32)
     store_normed(
-        x, weight, q_ptr, values_ptr, scale_ptr, m, M, eps, groups, cols, RANK, y_ptr.dtype.element_ty, KEEP, QUANTISE,
-        UE8M0,
+        own, tl.sum(x * x) / RANK, weight, q_ptr, values_ptr, scale_ptr, m, M, eps, groups, own_cols, RANK,
+        y_ptr.dtype.element_ty, KEEP, QUANTISE, UE8M0,
     )  # fmt: skip
 
 
@@ -132,19 +138,27 @@ def query_latent(
 def key_value_latent(
     y_ptr, weight_ptr, rotation_ptr, kv_ptr, cache_ptr, rows_ptr, positions_ptr, m, S, row_stride, token_stride, length,
     eps, C: tl.constexpr, R: tl.constexpr, CACHE: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     c, r = tl.arange(0, BLOCK_C), tl.arange(0, 2 * PAIRS)
-    x = tl.load(y_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    k_pe = tl.load(y_ptr + C + r, mask=r < R, other=0.0).to(tl.float32)
     rotation = tl.load(rotation_ptr + m * R + r, mask=r < R, other=0.0)
+    if CACHE:
+        position = tl.load(positions_ptr + m).to(tl.int64)
+        row = tl.load(rows_ptr + m // S).to(tl.int64)
+    if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    x = tl.load(y_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    k_pe = tl.load(y_ptr + C + r, mask=r < R, other=0.0).to(tl.float32)
     latent = (x * tl.rsqrt(tl.sum(x * x) / C + eps) * weight).to(kv_ptr.dtype.element_ty)
     k_pe = tl.reshape(rotated(k_pe[None, :], rotation[None, :], PAIRS), (2 * PAIRS,)).to(kv_ptr.dtype.element_ty)
     tl.store(kv_ptr + m * (C + R) + c, latent, mask=c < C)
     tl.store(kv_ptr + m * (C + R) + C + r, k_pe, mask=r < R)
     if CACHE:
-        position = tl.load(positions_ptr + m).to(tl.int64)
-        entry_ptr = cache_ptr + tl.load(rows_ptr + m // S).to(tl.int64) * row_stride + position * token_stride
+        entry_ptr = cache_ptr + row * row_stride + position * token_stride
         tl.store(entry_ptr + c, latent.to(cache_ptr.dtype.element_ty), mask=(c < C) & (position < length))
         tl.store(entry_ptr + C + r, k_pe.to(cache_ptr.dtype.element_ty), mask=(r < R) & (position < length))
 
@@ -155,23 +169,28 @@ def latents_kernel(
     cache_ptr, rows_ptr, positions_ptr, M, S, y_stride, row_stride, token_stride, length, eps,
     Q_RANK: tl.constexpr, KV_AT: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr, CACHE: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, OWN: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two programs a token, side by side: the key and value latent with the rotary key, and the query latent."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """
+    Programs of a token, side by side: one for the key and value latent with the rotary key, and for the query latent
+    one for each OWN of its GROUPS, as in add_rms_norm_kernel.
+
+    What was there before the step is loaded before the wait: from memory it takes longer than what was just written.
+    Without a query latent the next kernel is let in at once, which saves V2-Lite 18 us a step; with one, when a product
+    follows, that costs one rank of 8 as much.
+    """
     m = tl.program_id(0).to(tl.int64)
     y_ptr += m * y_stride
     if tl.program_id(1) == 0:
         key_value_latent(
             y_ptr + KV_AT, kv_weight_ptr, rotation_ptr, kv_ptr, cache_ptr, rows_ptr, positions_ptr, m, S,
-            row_stride, token_stride, length, eps, C, R, CACHE, BLOCK_C, PAIRS,
+            row_stride, token_stride, length, eps, C, R, CACHE, BLOCK_C, PAIRS, Q_RANK == 0, PDL,
         )  # fmt: skip
     elif Q_RANK > 0:
         query_latent(
-            y_ptr, q_weight_ptr, q_ptr, values_ptr, scale_ptr, m, M, eps, Q_RANK, KEEP, QUANTISE, UE8M0, GROUPS
-        )
+            y_ptr, q_weight_ptr, q_ptr, values_ptr, scale_ptr, m, M, tl.program_id(1) - 1, eps, Q_RANK, KEEP, QUANTISE,
+            UE8M0, GROUPS, OWN, PDL,
+        )  # fmt: skip
 
 
 def latents(
@@ -189,12 +208,13 @@ def latents(
     q, values, scale = outputs(y, (M, q_rank), quantise, keep) if q_rank else (None, None, None)
     kv = y.new_empty(M, C + R)
     row_stride, token_stride, length = (0, 0, 0) if cache is None else (*cache.stride()[:2], cache.shape[1])
-    latents_kernel[(M, 2 if q_rank else 1)](
+    groups = triton.next_power_of_2(max(cdiv(q_rank, BLOCK_SIZE), 1))
+    own = own_groups(M, groups, quantise)
+    latents_kernel[(M, 1 + cdiv(cdiv(q_rank, BLOCK_SIZE), own))](
         y, q_weight, kv_weight, rotation.contiguous(), q, values, scale, kv,
         cache, rows.contiguous(), positions.contiguous(), M, positions.shape[-1], y.stride(0), row_stride, token_stride,
         length, eps, q_rank, kv_at, C, R, q is not None, quantise, scale_fmt == UE8M0, cache is not None,
-        triton.next_power_of_2(max(cdiv(q_rank, BLOCK_SIZE), 1)), triton.next_power_of_2(C),
-        triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(y.device),
+        groups, own, triton.next_power_of_2(C), triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(y.device),
     )  # fmt: skip
     return result(q, values, scale), kv
 
@@ -268,6 +288,9 @@ def absorb_query_kernel(
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     w_ptrs = w_ptr + h.to(tl.int64) * head_stride + n[:, None] * row_stride + c[None, :]
     w = tl.load(w_ptrs, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+    r = tl.arange(0, 2 * PAIRS)
+    rotary = (m < M)[:, None] & (r < R)[None, :] & (first_c == 0)
+    rotation = tl.load(rotation_ptr + m.to(tl.int64)[:, None] * R + r[None, :], mask=rotary, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -278,10 +301,7 @@ def absorb_query_kernel(
     out_ptrs = out_ptr + head * (C + R) + c[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
     if first_c == 0:
-        r = tl.arange(0, 2 * PAIRS)
-        rotary = (m < M)[:, None] & (r < R)[None, :]
         q_pe = tl.load(q_ptrs + N + r[None, :], mask=rotary, other=0.0).to(tl.float32)
-        rotation = tl.load(rotation_ptr + m.to(tl.int64)[:, None] * R + r[None, :], mask=rotary, other=0.0)
         q_pe = rotated(q_pe, rotation, PAIRS).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + head * (C + R) + C + r[None, :], q_pe, mask=rotary)
 
@@ -348,11 +368,7 @@ def expand_value_kernel(
     there = (token < M) & (i % SPLITS < splits)
     at = ((token // S * splits + i % SPLITS) * S + token % S).to(tl.int64) * H + h
     if SPLITS > 1:
-        lse = tl.reshape(tl.load(lse_ptr + at, mask=there, other=float("-inf")), (TOKENS, SPLITS))
-        most = tl.max(lse, 1)  # -inf past the last token
-        weight = tl.exp2(lse - tl.where(most == float("-inf"), 0.0, most)[:, None])
-        total = tl.sum(weight, 1)
-        weight /= tl.where(total == 0, 1.0, total)[:, None]
+        lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
     acc = tl.zeros((TOKENS * SPLITS, BLOCK_V), dtype=tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -360,7 +376,12 @@ def expand_value_kernel(
         w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
         w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(o, w, acc, input_precision=PRECISION)
-    if SPLITS > 1:
+    if SPLITS > 1:  # only now: the loads above wait for nothing
+        lse = tl.reshape(lse, (TOKENS, SPLITS))
+        most = tl.max(lse, 1)  # -inf past the last token
+        weight = tl.exp2(lse - tl.where(most == float("-inf"), 0.0, most)[:, None])
+        total = tl.sum(weight, 1)
+        weight /= tl.where(total == 0, 1.0, total)[:, None]
         acc = tl.sum(tl.reshape(acc, (TOKENS, SPLITS, BLOCK_V)) * weight[:, :, None], 1)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     out = acc.to(o_ptr.dtype.element_ty)

@@ -23,7 +23,7 @@ from kernel import linear_fp32, on_gpu
 from kernel_parts import prefetch
 
 _LAST = tl.constexpr(0x7FFFFFFF)
-_LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
+_LOWEST = tl.constexpr(-0x80000000)
 
 FEW_TOKENS = 8  # up to here the gate's product is a sum of elementwise products
 FEW_PAIRS = 4096  # up to here each program compares its pairs with all
@@ -183,68 +183,55 @@ def route_ref(
 
 
 @triton.jit
-def sortable(x, tie):
-    """int64 keys, no two the same, that order as x does and of equal x put the smaller tie [int32] above the larger."""
+def sortable(x):
+    """int32 keys that order as x [fp32] does. A warp finds the largest of its threads' int32 in one instruction."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & _LAST)).to(tl.int64) << 32) + (_LAST - tie)
+    return bits ^ ((bits >> 31) & _LAST)
 
 
 @triton.jit
 def value_of(key):
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & _LAST)).to(tl.float32, bitcast=True)
+    return (key ^ ((key >> 31) & _LAST)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def sort_few(
-    index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
-    BLOCK: tl.constexpr, PAIRS: tl.constexpr, TILES: tl.constexpr,
+    index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """index [PAIRS]: the expert of each of a token's pairs. Every pair finds its place by looking at the others."""
+    """index [PAIRS]: the expert of each of a token's pairs, a tile each: its place is how many come before it."""
     pair = tl.arange(0, PAIRS)
-    local = (index >= first) & (index < first + n_local) & (pair < P)
-    expert = tl.where(local, index - first, tl.where(pair < P, n_local, n_local + 1))
-    same = expert[None, :] == expert[:, None]
-    before = tl.sum((expert[None, :] < expert[:, None]).to(tl.int32), 1)
-    rank = tl.sum((same & (pair[None, :] < pair[:, None])).to(tl.int32), 1)
-    count = tl.sum(same.to(tl.int32), 1)
-    place = before + rank
+    local = (index >= first) & (index < first + n_local)
+    expert = tl.where(pair < P, tl.where(local, index - first, n_local), n_local + 1)
+    earlier = (expert[None, :] == expert[:, None]) & (pair[None, :] < pair[:, None])
+    place = tl.sum(((expert[None, :] < expert[:, None]) | earlier).to(tl.int32), 1)
     tl.store(order_ptr + place, pair, mask=pair < P)
-
-    head = local & (rank % BLOCK == 0)  # the first of a tile
-    head_place = tl.where(head, place, PAIRS)
-    tile = tl.sum((head_place[None, :] < place[:, None]).to(tl.int32), 1)
-    tl.store(tile_expert_ptr + tile, expert, mask=head)
-    tl.store(tile_start_ptr + tile, place, mask=head)
-    tl.store(tile_stop_ptr + tile, before + tl.minimum(rank + BLOCK, count), mask=head)
-    tile = tl.arange(0, TILES)
-    unused = (tile >= tl.sum(head.to(tl.int32))) & (tile < n_tiles)
-    tl.store(tile_expert_ptr + tile, tl.full((TILES,), -1, tl.int32), mask=unused)
-    tl.store(tile_start_ptr + tile, tl.zeros((TILES,), tl.int32), mask=unused)
-    tl.store(tile_stop_ptr + tile, tl.zeros((TILES,), tl.int32), mask=unused)
+    tl.store(tile_expert_ptr + place, tl.where(local, expert, -1), mask=pair < P)
+    tl.store(tile_start_ptr + place, tl.where(local, place, 0), mask=pair < P)
+    tl.store(tile_stop_ptr + place, tl.where(local, place + 1, 0), mask=pair < P)
 
 
 @triton.jit
 def route_kernel(
     logits_ptr, bias_ptr, weights_ptr, indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr,
-    first, n_local, n_tiles, route_scale,
+    first, n_local, route_scale,
     E: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, N_GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, SORT: tl.constexpr, BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, SORT: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too. 3 us
-    on an H200, latency: choosing is K searches for the largest, one after the other.
+    One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too.
+    Latency: choosing is K searches for the largest, one after the other, of equal ones the first.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0)
     logits_ptr += m * E
     group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)
     expert = group[:, None] * (E // N_GROUPS) + member[None, :]
     inside = (group < N_GROUPS)[:, None] & (member < E // N_GROUPS)[None, :]
+    if BIAS:
+        bias = tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     logits = tl.load(logits_ptr + expert, mask=inside, other=float("-inf"))
     if SIGMOID:
         choice = 1 / (1 + tl.exp(-logits))
@@ -253,25 +240,27 @@ def route_kernel(
         total = tl.sum(tl.exp(logits - highest))
         choice = tl.exp(logits - highest) / total
     if BIAS:
-        choice += tl.load(bias_ptr + expert, mask=inside, other=0.0)
-    key = tl.where(inside, sortable(choice, expert), _LOWEST)
+        choice += bias
+    key = tl.where(inside, sortable(choice), _LOWEST)
 
     if N_GROUPS > KEPT:
         best = tl.max(key, 1)
         group_score = value_of(best)
         if BIAS:
-            group_score += value_of(tl.max(tl.where(key == best[:, None], _LOWEST, key), 1))
-        group_key = tl.where(group < N_GROUPS, sortable(group_score, group), _LOWEST)
-        rank = tl.sum((group_key[None, :] > group_key[:, None]).to(tl.int32), 1)
-        dropped = sortable(tl.full((GROUPS, MEMBERS), float("-inf"), tl.float32), expert)
-        key = tl.where(inside & (rank >= KEPT)[:, None], dropped, key)
+            at = tl.min(tl.where(key == best[:, None], member[None, :], _LAST), 1)
+            group_score += value_of(tl.max(tl.where(member[None, :] == at[:, None], _LOWEST, key), 1))
+        group_key = tl.where(group < N_GROUPS, sortable(group_score), _LOWEST)
+        equal = group_key[None, :] == group_key[:, None]
+        better = (group_key[None, :] > group_key[:, None]) | (equal & (group[None, :] < group[:, None]))
+        dropped = (tl.sum(better.to(tl.int32), 1) >= KEPT)[:, None]
+        key = tl.where(inside & dropped, sortable(tl.full((GROUPS, MEMBERS), float("-inf"), tl.float32)), key)
 
     column = tl.arange(0, BLOCK_K)
     index = E + column - K  # of the shared experts
     for k in tl.static_range(K):
-        best = tl.max(key)
-        index = tl.where(column == k, _LAST - (best & _LAST).to(tl.int32), index)
-        key = tl.where(key == best, _LOWEST, key)
+        best = tl.min(tl.where(key == tl.max(key), expert, _LAST))
+        index = tl.where(column == k, best, index)
+        key = tl.where(expert == best, _LOWEST, key)
     chosen = tl.load(logits_ptr + index, mask=column < K, other=float("-inf"))
     if SIGMOID:
         weight = 1 / (1 + tl.exp(-chosen))
@@ -284,25 +273,21 @@ def route_kernel(
 
     if SORT:
         sort_few(
-            index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, COLUMNS, first, n_local, n_tiles,
-            BLOCK, BLOCK_K, TILES,
+            index, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, COLUMNS, first, n_local, BLOCK_K
         )  # fmt: skip
 
 
 def launch_route(
-    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing | None, first: int, n_local: int, block: int,
+    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing | None = None, first: int = 0, n_local: int = 0,
     *, score_func: str, n_groups: int, n_limited_groups: int, top_k: int, route_scale: float, n_shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     (M, E), columns = logits.shape, top_k + n_shared
     weights = torch.empty(M, columns, dtype=torch.float32, device=logits.device)
     indices = torch.empty(M, columns, dtype=torch.int32, device=logits.device)
-    n_tiles = 0 if routing is None else len(routing.tile_expert)
-    block_k = triton.next_power_of_2(columns)
     route_kernel[(M,)](
-        logits, bias, weights, indices, *(routing or (None,) * 4), first, n_local, n_tiles,
-        route_scale, E, top_k, columns, n_groups, n_limited_groups, score_func == "sigmoid", bias is not None,
-        routing is not None, block, triton.next_power_of_2(n_groups), triton.next_power_of_2(E // n_groups),
-        block_k, triton.next_power_of_2(max(n_tiles, 1)),
+        logits, bias, weights, indices, *(routing or (None,) * 4), first, n_local, route_scale, E, top_k, columns,
+        n_groups, n_limited_groups, score_func == "sigmoid", bias is not None, routing is not None,
+        triton.next_power_of_2(n_groups), triton.next_power_of_2(E // n_groups), triton.next_power_of_2(columns),
         num_warps=1, **pdl_options(logits.device),
     )  # fmt: skip
     return weights, indices
@@ -312,7 +297,7 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, **options) -> tuple[t
     """See route_ref, whose options it takes."""
     if not on_gpu(logits):
         return route_ref(logits, bias, **options)
-    return launch_route(logits.contiguous(), bias, None, 0, 0, 1, **options)
+    return launch_route(logits.contiguous(), bias, **options)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -498,9 +483,9 @@ def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> R
 def route_and_sort(
     logits: torch.Tensor, bias: torch.Tensor | None, *, first: int, n_local: int, block: int, **options
 ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """`route`, then `sort_pairs`: weights, indices, Routing. For one token in one launch."""
-    if not on_gpu(logits) or logits.shape[0] > 1:
+    """`route`, then `sort_pairs`: weights, indices, Routing. For one token, a tile a pair, in one launch."""
+    if not on_gpu(logits) or logits.shape[0] > 1 or block > 1:
         weights, indices = route(logits, bias, **options)
         return weights, indices, sort_pairs(indices, first, n_local, block)
     routing = empty_routing(options["top_k"] + options.get("n_shared", 0), n_local, block, logits.device)
-    return *launch_route(logits.contiguous(), bias, routing, first, n_local, block, **options), routing
+    return *launch_route(logits.contiguous(), bias, routing, first, n_local, **options), routing

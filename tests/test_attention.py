@@ -174,16 +174,17 @@ def test_what_many_queries_takes(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_latent_attention_fits(dtype, arch, hopper, most):
     """What the compiler asks for, of the shared memory that a GPU gives a program, at the released models' sizes."""
-    rows_and_queries = itertools.product((1, 8, 64), (16, 32, 128, 512))
+    sizes = itertools.product((1, 8, 64), (16, 32, 128, 512), (2048, 4096))
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    for config in {latent_config(B, queries, torch_dtype, hopper) for B, queries in rows_and_queries}:
+    for config in {latent_config(B, queries, kv_len, torch_dtype, hopper) for B, queries, kv_len in sizes}:
         tensors = dict.fromkeys(("q_ptr", "cache_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32", "scale": "fp32"}
-        types = dict.fromkeys(latent_attention_kernel.arg_names[:15], "i32") | tensors
+        types = dict.fromkeys(latent_attention_kernel.arg_names[:14], "i32") | tensors
         types |= {"rows_ptr": "*i64", "positions_ptr": "*i64"}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name not in ("S", "scale")}
-        sizes = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
-        types |= dict.fromkeys((*sizes, "SPLIT", "PDL"), "constexpr")
-        source = ASTSource(latent_attention_kernel, types, sizes | {"SPLIT": True, "PDL": False}, aligned)
+        fixed = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
+        fixed |= {"H": 16, "SPLIT": True, "PDL": False}
+        types |= dict.fromkeys(fixed, "constexpr")
+        source = ASTSource(latent_attention_kernel, types, fixed, aligned)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert compiled.metadata.shared <= most, (config, compiled.metadata.shared)
@@ -280,7 +281,7 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
         check_latent(whole(latent_attention(q, cache, rows, positions, kv_len, 0.7, C)), exact)
     # One split and many, whatever B asks for; and the same answer each time.
     many = takes(q, cache, C)
-    config = latent_config(B, S * H, q.dtype, on_hopper(q.device), many)
+    config = latent_config(B, S * H, length, q.dtype, on_hopper(q.device), many)
     assert config.many == (many and S * H > 16 and B * S * H > 512)
     for splits in (1, 7, MOST_SPLITS):
         found = whole(launch_latent(q, cache, rows, positions, 0.7, C, config, splits))
@@ -290,14 +291,14 @@ def test_gpu_latent_attention(B, H, S, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hopper", [True, False])
-@pytest.mark.parametrize(("B", "queries"), [(5, 16), (5, 64)])
+@pytest.mark.parametrize(("B", "queries"), [(1, 16), (5, 16), (5, 64)])
 def test_gpu_latent_attention_each_way(B, queries, hopper, monkeypatch):
     """Every way to run the kernel that latent_config may choose, on queries that fill no tile."""
     poison_new_memory(monkeypatch.setattr)
     starts, S, H = [0, 63, 64, 1000, 2043], 3, 7
     q, cache, rows, positions = (x.cuda() for x in latent_case(starts, S, H, 128, 32, torch.bfloat16, 2045))
     exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, 2045, 0.7, 128)
-    config = latent_config(B, queries, q.dtype, hopper)
+    config = latent_config(B, queries, 2045, q.dtype, hopper)
     for splits in (1, 6):
         check_latent(whole(launch_latent(q, cache, rows, positions, 0.7, 128, config, splits)), exact)
 
@@ -317,7 +318,7 @@ def test_gpu_many_queries(length, S, H, monkeypatch):
     if not takes(q, cache, 512):
         pytest.skip("Hopper's alone")
     exact = latent_attention_ref(q.float(), cache.nan_to_num(7.0), rows, positions, length, 0.7, 512)
-    config = latent_config(len(starts), 10**6, q.dtype, True, True)
+    config = latent_config(len(starts), 10**6, length, q.dtype, True, True)
     assert config.many
     for splits in (1, 2, 40):
         found = whole(launch_latent(q, cache, rows, positions, 0.7, 512, config, splits))

@@ -298,7 +298,7 @@ def interpreted() -> None:
     torch.set_num_threads(1)
     interpret_bf16_dots()
     for dtype in DTYPES:
-        for M, D, P in itertools.product((1, 3), (128, 200, 640), (None, 1, 9)):
+        for M, D, P in itertools.product((1, 3), (128, 200, 640, 2100), (None, 1, 9)):
             check_add_rms_norm("cpu", M, D, P, dtype)
         check_sum_terms("cpu", 3, 9, 1030, dtype)
         check_rotate_query("cpu", 3, 5, 24, 12, dtype)
@@ -326,7 +326,7 @@ def interpreted() -> None:
 
 # --- the kernels on a GPU ---------------------------------------------------------------------------------------------
 
-GPU_M = [1, 2, 7, 64, 65, 1000, 4096]
+GPU_M = [1, 2, 7, 16, 64, 65, 1000, 4096]
 
 
 @pytest.mark.gpu

@@ -88,11 +88,13 @@ def check_route(device: str, M: int, case: str) -> None:
     inputs = logits.to(device), None if bias is None else bias.to(device)
     with poisoned():
         check_choice(logits, bias, options, *route(*inputs, **options))
-        sorting = {"first": E // 4, "n_local": E // 2 + 1, "block": 16}
-        weights, indices, routing = route_and_sort(*inputs, **sorting, **options)
-    check_choice(logits, bias, options, weights, indices)
-    assert_same(routing, sort_pairs_ref(indices.cpu(), **sorting))
-    assert not counters(indices.device).any()
+    for block in (1, 16):
+        sorting = {"first": E // 4, "n_local": E // 2 + 1, "block": block}
+        with poisoned():
+            weights, indices, routing = route_and_sort(*inputs, **sorting, **options)
+        check_choice(logits, bias, options, weights, indices)
+        assert_same(routing, sort_pairs_ref(indices.cpu(), **sorting))
+        assert not counters(indices.device).any()
 
     # Whole numbers, so that equal scores are equal everywhere and ties are many.
     for tied in (random(M, E, seed=2).round(), torch.zeros(M, E)):
