@@ -246,7 +246,7 @@ def latent_attention_kernel(
     cache_ptr += row.to(tl.int64) * cache_row
     if PDL:  # the query is what the wait is for: the step, and all keys but the newest, were there before
         t = tl.maximum(seen - (first + 1) * BLOCK_T + tl.arange(0, BLOCK_T), 0)
-        line = tl.minimum(tl.arange(0, triton.next_power_of_2((C + R) // 64)) * 64, C + R - 1)
+        line = tl.minimum(tl.arange(0, triton.next_power_of_2((C + R + 63) // 64)) * 64, C + R - 1)
         prefetch(cache_ptr + (t * cache_t)[:, None] + line[None, :])
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -41,13 +41,14 @@ def quantise_groups(x, UE8M0: tl.constexpr):
     """
     x [groups, 128] fp32 -> x / s, to be cast to e4m3, and s [groups], as act_quant does.
 
-    A division is 10 instructions and a branch; one a group, and with its result q = x (1 / s), corrected by what
-    x - q s leaves, is as exact: rounded once.
+    A division is 10 instructions and a branch. One a group, r = 1 / s, does: with q = x r, q - (q s - x) r is x / s
+    rounded once, and of zeros it keeps the sign.
     """
     scale = scale_of(tl.max(tl.abs(x), 1), UE8M0)
     inverse = tl.math.div_rn(1.0, scale)[:, None]
     quotient = x * inverse
-    return tl.fma(tl.fma(-quotient, scale[:, None], x), inverse, quotient), scale
+    excess = tl.fma(quotient, scale[:, None], x * -1.0)  # Triton's -x is 0 - x, which has no negative zero
+    return tl.fma(excess, inverse * -1.0, quotient), scale
 
 
 @triton.jit

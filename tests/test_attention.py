@@ -27,6 +27,7 @@ from attention import (
     latent_splits,
     launch_latent,
     launch_prefill,
+    padded,
     prefill_attention,
     prefill_attention_ref,
 )
@@ -176,16 +177,17 @@ def test_latent_attention_fits(dtype, arch, hopper, most):
     """What the compiler asks for, of the shared memory that a GPU gives a program, at the released models' sizes."""
     sizes = itertools.product((1, 8, 64), (16, 32, 128, 512), (2048, 4096))
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    for config in {latent_config(B, queries, kv_len, torch_dtype, hopper) for B, queries, kv_len in sizes}:
+    configs = {latent_config(B, queries, kv_len, torch_dtype, hopper) for B, queries, kv_len in sizes}
+    for config, (C, R) in [*itertools.product(configs, [(512, 64)]), (min(configs), (40, 5))]:
         tensors = dict.fromkeys(("q_ptr", "cache_ptr", "out_ptr"), f"*{dtype}") | {"lse_ptr": "*fp32", "scale": "fp32"}
         types = dict.fromkeys(latent_attention_kernel.arg_names[:14], "i32") | tensors
         types |= {"rows_ptr": "*i64", "positions_ptr": "*i64"}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name not in ("S", "scale")}
-        fixed = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
-        fixed |= {"H": 16, "SPLIT": True, "PDL": False}
+        fixed = {"C": C, "R": R, "C_PAD": padded(C), "R_PAD": padded(R), "BLOCK_M": config.block_m}
+        fixed |= {"BLOCK_T": config.block_t, "H": 16, "SPLIT": True, "PDL": hopper}
         types |= dict.fromkeys(fixed, "constexpr")
         source = ASTSource(latent_attention_kernel, types, fixed, aligned)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": hopper}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert compiled.metadata.shared <= most, (config, compiled.metadata.shared)
 

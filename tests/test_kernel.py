@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 import kernel
 from config import ModelArgs
@@ -35,6 +37,7 @@ from kernel import (
     weight_quant,
     weight_quant_ref,
 )
+from kernel_parts import quantise_groups, scale_of_ref
 from model import Linear, Transformer
 from one_token import Rows, launch_one_token
 from parallel import Parallel
@@ -98,6 +101,25 @@ def equal_bits(x: torch.Tensor, wanted: torch.Tensor) -> bool:
     if (x.dtype, x.shape) != (wanted.dtype, wanted.shape):
         return False
     return torch.equal(*(t.cpu().reshape(-1).view(torch.uint8) for t in (x, wanted)))
+
+
+@triton.jit
+def quotients_kernel(x_ptr, y_ptr, UE8M0: tl.constexpr):
+    """One program: a group of 128."""
+    at = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
+    tl.store(y_ptr + at, quantise_groups(tl.load(x_ptr + at), UE8M0)[0])
+
+
+def check_quotients(device: str, most: float) -> None:
+    """What is rounded to e4m3: x / s, its relative error at most `most`, zeros with their sign."""
+    x = torch.cat([awkward(torch.bfloat16)["ties"].float(), random(200, 128), random(200, 128).bfloat16().float()])
+    x[:, 3::5] = torch.where(x[:, 3::5] < 0, -0.0, 0.0)
+    for scale_fmt in SCALE_FMTS:
+        y = torch.empty_like(x, device=device)
+        quotients_kernel[(len(x),)](x.to(device), y, scale_fmt == "ue8m0")
+        wanted, y = x / scale_of_ref(x.abs().amax(1, keepdim=True), scale_fmt), y.cpu()
+        assert torch.equal(y.signbit(), wanted.signbit()), scale_fmt
+        assert ((y - wanted).abs() <= most * wanted.abs()).all(), scale_fmt
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -310,6 +332,7 @@ def interpreted() -> None:
         return off.max() <= 1 and off.float().mean() < 0.05
 
     torch.set_num_threads(1)
+    check_quotients("cpu", 2.0**-23)  # it rounds a fused multiply-add twice
     for scale_fmt in SCALE_FMTS:
         for M, K in ((1, 128), (3, 200), (66, 300)):
             for x in map(before_nans, (random(M, K), random(M, K, dtype=torch.bfloat16))):
@@ -393,6 +416,11 @@ def strided_before_nans(x: torch.Tensor) -> torch.Tensor:
 
 
 # --- the kernels on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_gpu_quotients():
+    check_quotients("cuda", 0.0)
 
 
 @pytest.mark.gpu
