@@ -1,9 +1,9 @@
 """
 The small steps between the matrix products of a layer, each in one pass over memory.
 
-At batch 1 they cost latency: one kernel each, a token to a program, every load in flight before the first is used. In
-prefill they cost bandwidth: bytes read + bytes written, 4.3 TB/s on an H200. Where an FP8 product follows, they leave
-the activation quantised, and with `keep=False` do not write it in its own type at all.
+At batch 1 they cost latency: one kernel each, every load in flight before the first is used. In prefill they cost
+bandwidth: bytes read + bytes written, 4.3 TB/s on an H200. Where an FP8 product follows, they leave the activation
+quantised, and with `keep=False` do not write it in its own type at all.
 
 Those of attention are in latent.py. Dimension letters: M tokens, D dim, P terms of a sum, K any width.
 """
