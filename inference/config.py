@@ -224,7 +224,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
             raise InputError(f"{path}: not a file")
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise InputError(f"{path}: {size:,} bytes; no configuration or index is that long")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -378,6 +378,10 @@ BAD_FOLDERS = {
     ),
     "pickle": (only_pickle, "pytorch_model.bin is a pickle; only safetensors"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    "a field twice": (
+        lambda f: (f / "config.json").write_text('{"vocab_size": 1, ' + (f / "config.json").read_text().lstrip("{ \n")),
+        "config.json: not readable as JSON: a name appears twice",
+    ),
     "config is wrong": (lambda f: edit_config(f, hidden_size=2**31), "config.json: hidden_size is 2147483648, wanted"),
     "llama": (
         lambda f: edit_config(f, architectures=["LlamaForCausalLM"]),
