@@ -47,7 +47,7 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
     if not CLOCKS:
         CLOCKS.append(torch.zeros({LAUNCHES}, {PROGRAMS}, 3, dtype=torch.int64, device=device))
     LAUNCHED.append(sys._getframe(1).f_code.co_name)
-    return options_without_clock(device) | {{"clock_ptr": CLOCKS[0][len(LAUNCHED) - 1].data_ptr()}}
+    return options_without_clock(device) | {{"clock_ptr": CLOCKS[0][min(len(LAUNCHED), {LAUNCHES}) - 1].data_ptr()}}
 """
 
 
