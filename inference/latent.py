@@ -175,9 +175,9 @@ def latents_kernel(
     Programs of a token, side by side: one for the key and value latent with the rotary key, and for the query latent
     one for each OWN of its GROUPS, as in add_rms_norm_kernel.
 
-    What was there before the step is loaded before the wait: from memory it takes longer than what was just written.
-    Without a query latent the next kernel is let in at once, which saves V2-Lite 18 us a step; with one, when a product
-    follows, that costs one rank of 8 as much.
+    For one token 1.3 us on an H200, latency. What was there before the step is loaded before the wait: from memory it
+    takes longer than what was just written. Without a query latent the next kernel is let in at once, which saves
+    V2-Lite's step 18 us; with one, when a product follows, that would cost one rank of 8, of 11 layers, 16.
     """
     m = tl.program_id(0).to(tl.int64)
     y_ptr += m * y_stride

