@@ -51,8 +51,8 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
     reads what that one wrote. Before that it may load what is older: weights, and where a step's tokens stand. Not
     under a profiler, to which their times would seem to overlap.
 
-    Products let the next kernel start (gdc_launch_dependents) at once. The small kernels, latents_kernel without a query
-    latent excepted, do so only after their own wait: where each lets in the next at once, programs of several coming
+    Products let the next kernel start (gdc_launch_dependents) at once. The small kernels do so only after their own
+    wait, but for latents_kernel without a query latent: where each lets in the next at once, programs of several coming
     kernels fill the multiprocessors unevenly.
     """
     if on_hopper(device) and not torch.autograd._profiler_enabled():
