@@ -232,10 +232,14 @@ def latent_attention_kernel(
     With SPLIT there are several, and each leaves lse = m + log2(total) with its result. Up to about 64 queries a key,
     bound by reading the cache, 2 (C + R) bytes a key (on an H200, the bandwidth of a copy for 128 rows of 4,096 keys;
     for one of 1,024 5 % of it: latency); beyond, by the tensor cores, 2 (2 C + R) operations a query and key.
+
+    A warp adds the C + R products of a score one after the other, 16 at a time. So the columns are taken in two halves,
+    whose sums do not wait for each other.
     """
     split, splits, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
+    HALF: tl.constexpr = C_PAD // 2
+    c, r = tl.arange(0, HALF), tl.arange(0, R_PAD)
     row = tl.load(rows_ptr + b)
     position = tl.load(positions_ptr + b * S + i // H, mask=i < S * H, other=0)
     position = tl.minimum(position, length - 1).to(tl.int32)
@@ -252,30 +256,38 @@ def latent_attention_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     q_ptrs = q_ptr + b.to(tl.int64) * q_b + (i // H * q_s + i % H * q_h)[:, None]
-    q_c = tl.load(q_ptrs + c[None, :], mask=(i < S * H)[:, None] & (c < C)[None, :], other=0.0)
+    q_lo = tl.load(q_ptrs + c[None, :], mask=(i < S * H)[:, None] & (c < C)[None, :], other=0.0)
+    q_hi = tl.load(q_ptrs + HALF + c[None, :], mask=(i < S * H)[:, None] & (c < C - HALF)[None, :], other=0.0)
     q_r = tl.load(q_ptrs + C + r[None, :], mask=(i < S * H)[:, None] & (r < R)[None, :], other=0.0)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
+    acc_lo = tl.zeros((BLOCK_M, HALF), tl.float32)
+    acc_hi = acc_lo
     for tile in range(first, end):
         t = seen - (tile + 1) * BLOCK_T + tl.arange(0, BLOCK_T)
-        kv_c = latent_tile(cache_ptr, cache_t, t, c, C)
+        kv_lo = latent_tile(cache_ptr, cache_t, t, c, C)
+        kv_hi = latent_tile(cache_ptr + HALF, cache_t, t, c, C - HALF)
         kv_r = latent_tile(cache_ptr + C, cache_t, t, r, R)
-        s = tl.dot(q_c, kv_c.T, input_precision="ieee")
-        s = tl.dot(q_r, kv_r.T, s, input_precision="ieee")
-        s = tl.where((t >= 0)[None, :] & (t[None, :] <= position[:, None]), s * scale, float("-inf"))
+        s_lo = tl.dot(q_lo, kv_lo.T, input_precision="ieee")
+        s_hi = tl.dot(q_hi, kv_hi.T, input_precision="ieee")
+        s_hi = tl.dot(q_r, kv_r.T, s_hi, input_precision="ieee")
+        seen_here = (t >= 0)[None, :] & (t[None, :] <= position[:, None])
+        s = tl.where(seen_here, s_lo * scale + s_hi * scale, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a query may see no key of a tile
         p = tl.exp2(s - m_finite[:, None])
         alpha = tl.exp2(m - m_finite)
         total = total * alpha + tl.sum(p, 1)
         m = m_new
-        acc = tl.dot(p.to(kv_c.dtype), kv_c, acc * alpha[:, None], input_precision="ieee")
+        p = p.to(kv_lo.dtype)
+        acc_lo = tl.dot(p, kv_lo, acc_lo * alpha[:, None], input_precision="ieee")
+        acc_hi = tl.dot(p, kv_hi, acc_hi * alpha[:, None], input_precision="ieee")
 
     at = (b * splits + split).to(tl.int64) * S * H + i
-    acc /= tl.where(total == 0, 1.0, total)[:, None]
-    inside = (i < S * H)[:, None] & (c < C)[None, :]
-    tl.store(out_ptr + at[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    share = 1 / tl.where(total == 0, 1.0, total)[:, None]
+    out_ptrs, inside = out_ptr + at[:, None] * C + c[None, :], (i < S * H)[:, None]
+    tl.store(out_ptrs, (acc_lo * share).to(out_ptr.dtype.element_ty), mask=inside & (c < C)[None, :])
+    tl.store(out_ptrs + HALF, (acc_hi * share).to(out_ptr.dtype.element_ty), mask=inside & (c < C - HALF)[None, :])
     if SPLIT:
         tl.store(lse_ptr + at, tl.where(total == 0, float("-inf"), m + tl.log2(total)), mask=i < S * H)
 
@@ -344,8 +356,8 @@ def launch_latent(
     else:
         latent_attention_kernel[(cdiv(S * H, config.block_m), splits, B)](
             q, cache, rows, positions, parts, lse, S, cache.shape[1], scale, *q.stride()[:3], *cache.stride()[:2],
-            H, C, R, C_PAD=padded(C), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t, SPLIT=splits > 1,
-            num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(q.device),
+            H, C, R, C_PAD=max(padded(C), 32), R_PAD=padded(R), BLOCK_M=config.block_m, BLOCK_T=config.block_t,
+            SPLIT=splits > 1, num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(q.device),
         )  # fmt: skip
     return parts[:, 0] if lse is None else Splits(parts, lse)
 

@@ -259,17 +259,17 @@ def decode_pass(bench: Bench, rows: int, length: int) -> Callable[[], Any]:
     model, N = bench.model, bench.options.mtp
     cache = model.new_cache(rows, length + 2 * N + 1).normal_()
     tokens = torch.tensor(prompts(bench, rows, 1 + N, seed=1), device=bench.device)
-    start_pos = torch.full((rows,), length, device=bench.device)
+    start_pos, places = torch.full((rows,), length, device=bench.device), torch.arange(rows, device=bench.device)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        step = model.step((rows, 1 + N), start_pos, None, length + 1 + N)
+        step = model.step((rows, 1 + N), start_pos, places, length + 1 + N)
         h = model.hidden(tokens, step, cache)
         new = argmax(model.logits(h).flatten(0, 1)).view(rows, 1 + N)
         for k in range(N):
             if k >= len(model.mtp):  # the last module goes on alone, from its own output
                 h, new = h[:, -1:], new[:, -1:]
-                step = model.step((rows, 1), start_pos + N + 1 + k - len(model.mtp), None, length + 1 + 2 * N)
+                step = model.step((rows, 1), start_pos + N + 1 + k - len(model.mtp), places, length + 1 + 2 * N)
             h = model.draft(min(k, len(model.mtp) - 1), h, new, step, cache)
             new = new.clone()
             new[:, -1] = argmax(model.logits(h[:, -1]))
@@ -284,7 +284,7 @@ def expert_loads(model: Transformer, run: Callable[[], Any]) -> list[torch.Tenso
 
     def seen(gate: Gate, _: Any, outputs: Any) -> None:
         E = gate.weight.shape[0]
-        loads.append(outputs[1].flatten().bincount(minlength=E)[:E])  # shared experts may follow the routed ones
+        loads.append(outputs[1][outputs[1] >= 0].bincount(minlength=E))  # below 0: the shared ones
 
     hooks = [module.register_forward_hook(seen) for module in model.modules() if isinstance(module, Gate)]
     run()

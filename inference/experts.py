@@ -22,6 +22,9 @@ from kernel import E4M3, W8A16, Quantised, fp8_gemm, launch_gemm, linear, on_gpu
 from routing import Routing
 
 FEW = 64  # tokens up to which a product is bound by reading the weights
+# Inner width from which shared experts begin while tokens are routed: a rank's slices of 256 would fill the GPU once,
+# and unevenly while the gate's programs are there, which costs one rank of 8 30 us of 690 (11 layers).
+WIDE = 512
 
 
 def gate_and_up(
@@ -141,12 +144,13 @@ def experts(
 ) -> torch.Tensor:
     """
     See experts_ref. `block`: pairs of a tile of the routing. `everywhere`: no choice is another rank's. n_shared: how
-    many of the experts, the last, all tokens choose as their last choices, with weight 1.
+    many of the experts, the first, all tokens choose as their last choices, with weight 1. x was there before the
+    routing was begun: the products of shared experts do not wait for that.
     """
     if not on_gpu(x):
         return experts_ref(x, w13, w2, scale_fmt, weights, routing)
     (w13, w13_scale), (w2, w2_scale) = w13, w2
-    (M, K), (E, _, inter, D) = weights.shape, w13.shape
+    (M, K), (inter, D) = weights.shape, w13.shape[-2:]
     P = M * K
     fp8 = w13_scale is not None and scale_fmt != W8A16
     given = quantised(x, scale_fmt) if fp8 else x
@@ -155,18 +159,20 @@ def experts(
     terms = (torch.empty if everywhere else torch.zeros)(M, K, D, dtype=dtype, device=x.device)
     if block >= FEW and inter % BLOCK_SIZE == 0:
         # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product. For
-        # the shared experts' products the library is faster, and nothing is gathered; their pairs come last.
-        for i in range(-n_shared, 0):
+        # the shared experts' products the library is faster, and nothing is gathered; their pairs come first.
+        for i in range(n_shared):
             h = gated_linear(given, w13[i], None if w13_scale is None else w13_scale[i], scale_fmt)
+            term = K - n_shared + i
             if w2_scale is None:
-                torch.mm(h, w2[i].T, out=terms[:, i])
+                torch.mm(h, w2[i].T, out=terms[:, term])
             else:
                 unit = torch.int64 if D % 4 == 0 else dtype  # copies take half as long, eight bytes at a time
-                terms.view(unit)[:, i] = linear(h, w2[i], w2_scale[i], scale_fmt).view(unit)
-        P -= M * n_shared
-        routed = torch.where(routing.tile_expert < E - n_shared, routing.tile_expert, -1)
-        routing = routing._replace(tile_expert=routed)
-        tokens = routing.order[:P] // K
+                terms.view(unit)[:, term] = linear(h, w2[i], w2_scale[i], scale_fmt).view(unit)
+        served, first = M * n_shared, n_shared * cdiv(M, block)
+        # Copies, as kernels are compiled anew for what does not begin at a multiple of 16 bytes.
+        order, tile_expert = routing.order[served:].clone(), routing.tile_expert[first:].clone()
+        routing = Routing(order, tile_expert, routing.tile_start[first:] - served, routing.tile_stop[first:] - served)
+        P, tokens = P - served, order // K
         x = x.view(torch.uint8)[tokens].view(E4M3) if fp8 else x[tokens]
         x_scale = x_scale.t()[:, tokens].t() if fp8 else None
         y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
@@ -177,7 +183,7 @@ def experts(
     else:
         h = x.new_empty(P, inter)
         h_scale = torch.empty(cdiv(inter, BLOCK_SIZE), P, device=x.device).t() if fp8 else None
-        pairs = {"routing": routing, "top_k": K, "block": block}
+        pairs = {"routing": routing, "top_k": K, "block": block, "n_shared": n_shared}
         launch_gemm(x, x_scale, w13, w13_scale, h, h_scale, scale_fmt, gated=True, **pairs)
     expert_gemm(h, h_scale, w2, w2_scale, terms.flatten(0, 1), routing, block, weights)
     return terms

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from config import BLOCK_SIZE, UE8M0
 from gpu import capability, cdiv, counters, has_e4m3, on_hopper, pdl_options
 from kernel_parts import E4M3, prefetch, quantise_groups, scale_of, scale_of_ref, silu_times
-from one_token import launch_one_token
+from one_token import launch_one_token, takes_token
 from tiles import Tiles, are_few, choose_tiles, medium_tiles
 
 W8A16 = "w8a16"  # in place of a scale format: activations are not quantised
@@ -232,7 +232,7 @@ def gemm_kernel(
     M, N, K, x_scale_m, x_scale_g, y_scale_m, y_scale_g,
     TMA_X: tl.constexpr, TMA_W: tl.constexpr,
     FORMAT: tl.constexpr, HALVES: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    SHARED: tl.constexpr, EVEN_K: tl.constexpr,
     QUANTISE: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, SWAP: tl.constexpr,
     UNROLL: tl.constexpr, PDL: tl.constexpr,
@@ -274,24 +274,40 @@ def gemm_kernel(
             prefetch(first_slice)
             if HALVES == 2:
                 prefetch(first_slice + tl.cast(N, tl.int64) * K)
-        tl.extra.cuda.gdc_wait()
+        if SHARED == 0:
+            tl.extra.cuda.gdc_wait()
     slots = tl.arange(0, BLOCK_M)
     expert = 0
+    first_row = m_tile * BLOCK_M
     if TOP_K > 0:
-        expert = tl.load(tile_expert_ptr + m_tile)
+        # Tiles of shared experts, which come first, have all tokens in order. They are known before the routing is, and
+        # so wait for it only with their results, which may take memory that it still reads.
+        per_expert = tl.cdiv(M, BLOCK_M)
+        common = m_tile < SHARED * per_expert
+        if common:
+            expert = m_tile // per_expert
+            first_row = expert * M + m_tile % per_expert * BLOCK_M
+            last_row = (expert + 1) * M
+        else:
+            if PDL and SHARED > 0:
+                tl.extra.cuda.gdc_wait()
+            expert = tl.load(tile_expert_ptr + m_tile)
+            first_row = tl.load(tile_start_ptr + m_tile)
+            last_row = tl.load(tile_stop_ptr + m_tile)
         if expert < 0:
             return
-        place = tl.load(tile_start_ptr + m_tile) + slots
-        live = place < tl.load(tile_stop_ptr + m_tile)
-        pair = tl.load(order_ptr + place, mask=live, other=0)
-        x_row = pair // TOP_K if GATHER else place
+        place = first_row + slots
+        live = place < last_row
+        pair = tl.load(order_ptr + place, mask=live & ~common, other=0)
+        x_row = place
+        if GATHER:
+            x_row = tl.where(common, place - expert * M, pair // TOP_K)
         y_row = pair if SCATTER else place
     else:
-        y_row = m_tile * BLOCK_M + slots
+        y_row = first_row + slots
         live = y_row < M
         x_row = y_row
     x_row = tl.where(live, x_row, 0).to(tl.int64)
-    first_row = tl.load(tile_start_ptr + m_tile) if TOP_K > 0 else m_tile * BLOCK_M
     first_out = expert * HALVES * N + first_own
     k = tl.arange(0, BLOCK)
     if not TMA_X:
@@ -347,6 +363,8 @@ def gemm_kernel(
 
     cols = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = live[:, None] & (cols < N)[None, :]
+    if PDL and SHARED > 0:
+        tl.extra.cuda.gdc_wait()
     if SPLIT * PIECES > 1:
         partials = partial_ptr + tile.to(tl.int64) * (SPLIT * HALVES * BLOCK_M * BLOCK_N)
         mine = part * (HALVES * BLOCK_M * BLOCK_N) + slots[:, None] * BLOCK_N + (own - n_tile * BLOCK_N)[None, :]
@@ -397,23 +415,26 @@ def launch_gemm(
     routing: tuple[torch.Tensor, ...] | None = None,
     top_k: int = 0,
     block: int = 0,
+    n_shared: int = 0,
     pair_weights: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
     """
     Run gemm_kernel: x [.., K], w [.., N, K] -> y [.., N], and y_scale when y is in e4m3. `gated`: w has two halves. For
-    one row of x, or tiles of one pair, run one_token_kernel where it is faster.
+    one row of x, and tiles of one pair, run one_token_kernel where it is faster.
 
     routing: order, tile_expert, tile_start, tile_stop, for tiles of `block` pairs, `top_k` a token: x has a row a token
-    unless `gathered`, and y, with pair_weights, a row a pair.
+    unless `gathered`, and y, with pair_weights, a row a pair. n_shared: of the first experts, which all tokens share
+    (see experts.py's `experts`), unless `gathered`.
     """
     x = x.contiguous()  # the kernel reads whole rows; a latent is a part of a cache's entry
     M, K = x.shape
     N = w.shape[-2]
     wide = w.dtype != E4M3
     format = "wide" if wide else "w8a16" if x_scale is None else "fp8"
-    if tiles is None and (block or M) == 1 and not gathered and (wide or (gated and format == "fp8")):
-        options = {"gated": gated, "routing": routing, "top_k": top_k}
+    alone = tiles is None and M == 1 and block <= 1 and not gathered and format != "w8a16"
+    if alone and takes_token(N, K, gated, format == "fp8"):
+        options = {"gated": gated, "tile_expert": routing[1] if routing else None, "n_shared": n_shared}
         launch_one_token(x, x_scale, w, w_scale, y, y_scale, scale_fmt, **options)
         return
     tokens = block if routing else M
@@ -436,8 +457,8 @@ def launch_gemm(
     count = counters(x.device)
     if n_tiles > count.numel():
         tiles = tiles._replace(split=1, pieces=1)
-    alone = tiles.split == tiles.pieces == 1
-    size = 0 if alone else n_tiles * tiles.split * (1 + gated) * tiles.block_m * tiles.block_n
+    whole = tiles.split == tiles.pieces == 1
+    size = 0 if whole else n_tiles * tiles.split * (1 + gated) * tiles.block_m * tiles.block_n
     partial = x.new_empty(size, dtype=torch.float32)
     order, tile_expert, tile_start, tile_stop = routing or (count, count, count, count)
     w_bits = w.view(torch.uint8) if format == "w8a16" else w
@@ -451,8 +472,8 @@ def launch_gemm(
         w if w_scale is None else w_scale, y, y if y_scale is None else y_scale, partial, count,
         order, tile_expert, tile_start, tile_stop, y if pair_weights is None else pair_weights,
         M, N, K, *((0, 0) if x_scale is None else x_scale.stride()), *((0, 0) if y_scale is None else y_scale.stride()),
-        tiles.tma_x, tiles.tma_w, format, 1 + gated, top_k, gather, pair_weights is not None, K % block_k == 0,
-        y_scale is not None, scale_fmt == UE8M0, block_k,
+        tiles.tma_x, tiles.tma_w, format, 1 + gated, top_k, gather, pair_weights is not None, n_shared,
+        K % block_k == 0, y_scale is not None, scale_fmt == UE8M0, block_k,
         tiles.block_m, tiles.block_n, tiles.split, tiles.pieces, tiles.swap, tiles.unroll,
         num_warps=tiles.warps, num_stages=tiles.stages, **registers, **pdl_options(x.device),
     )  # fmt: skip
@@ -528,6 +549,10 @@ def linear(
 
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [M, K], weight [N, K] -> x @ weight.T [M, N] in fp32, never rounded to the inputs' type."""
+    if on_gpu(x) and weight.dtype != torch.float32 and x.shape[0] == 1:
+        y = x.new_empty(1, weight.shape[0], dtype=torch.float32)
+        launch_gemm(x, None, weight, None, y)
+        return y
     if x.is_cuda and weight.dtype != torch.float32:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     x = x.float()

@@ -137,8 +137,8 @@ def query_latent(
 @triton.jit
 def key_value_latent(
     y_ptr, weight_ptr, rotation_ptr, kv_ptr, cache_ptr, rows_ptr, positions_ptr, m, S, row_stride, token_stride, length,
-    eps, C: tl.constexpr, R: tl.constexpr, CACHE: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    eps, C: tl.constexpr, R: tl.constexpr, CACHE: tl.constexpr, KEEP: tl.constexpr, BLOCK_C: tl.constexpr,
+    PAIRS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     c, r = tl.arange(0, BLOCK_C), tl.arange(0, 2 * PAIRS)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -153,10 +153,11 @@ def key_value_latent(
         tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(y_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     k_pe = tl.load(y_ptr + C + r, mask=r < R, other=0.0).to(tl.float32)
-    latent = (x * tl.rsqrt(tl.sum(x * x) / C + eps) * weight).to(kv_ptr.dtype.element_ty)
-    k_pe = tl.reshape(rotated(k_pe[None, :], rotation[None, :], PAIRS), (2 * PAIRS,)).to(kv_ptr.dtype.element_ty)
-    tl.store(kv_ptr + m * (C + R) + c, latent, mask=c < C)
-    tl.store(kv_ptr + m * (C + R) + C + r, k_pe, mask=r < R)
+    latent = (x * tl.rsqrt(tl.sum(x * x) / C + eps) * weight).to(y_ptr.dtype.element_ty)
+    k_pe = tl.reshape(rotated(k_pe[None, :], rotation[None, :], PAIRS), (2 * PAIRS,)).to(y_ptr.dtype.element_ty)
+    if KEEP:
+        tl.store(kv_ptr + m * (C + R) + c, latent, mask=c < C)
+        tl.store(kv_ptr + m * (C + R) + C + r, k_pe, mask=r < R)
     if CACHE:
         entry_ptr = cache_ptr + row * row_stride + position * token_stride
         tl.store(entry_ptr + c, latent.to(cache_ptr.dtype.element_ty), mask=(c < C) & (position < length))
@@ -184,7 +185,7 @@ def latents_kernel(
     if tl.program_id(1) == 0:
         key_value_latent(
             y_ptr + KV_AT, kv_weight_ptr, rotation_ptr, kv_ptr, cache_ptr, rows_ptr, positions_ptr, m, S,
-            row_stride, token_stride, length, eps, C, R, CACHE, BLOCK_C, PAIRS, Q_RANK == 0, PDL,
+            row_stride, token_stride, length, eps, C, R, CACHE, True, BLOCK_C, PAIRS, Q_RANK == 0, PDL,
         )  # fmt: skip
     elif Q_RANK > 0:
         query_latent(
@@ -272,17 +273,46 @@ def absorb_query_ref(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor
     return torch.cat([torch.einsum("mhn,hnc->mhc", q_nope, w_uk), apply_rotary_ref(q_pe, rotation)], dim=-1)
 
 
+def absorb_beside_latents_ref(
+    y: torch.Tensor, w_uk: torch.Tensor, kv_weight: torch.Tensor, rotation: torch.Tensor, cache: torch.Tensor,
+    rows: torch.Tensor, positions: torch.Tensor, *, kv_at: int, eps: float,
+):  # fmt: skip
+    """absorb_query of the queries that y [M, ...] begins with, a head after the other; and latents of the rest."""
+    latents_ref(y, None, kv_weight, rotation, cache, rows, positions, kv_at=kv_at, eps=eps)
+    return absorb_query_ref(own_heads(y, w_uk, rotation), w_uk, rotation)
+
+
+def own_heads(y: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """y [M, ...] -> [M, H, N + R] of its first columns."""
+    H, QK = w_uk.shape[0], w_uk.shape[1] + 2 * rotation.shape[-2]
+    return y[:, : H * QK].unflatten(1, (H, QK))
+
+
 @triton.jit
 def absorb_query_kernel(
-    q_ptr, w_ptr, rotation_ptr, out_ptr, M, q_stride, head_stride, row_stride, H: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, w_ptr, rotation_ptr, out_ptr, kv_weight_ptr, cache_ptr, rows_ptr, positions_ptr, M, S, q_stride, head_stride,
+    row_stride, cache_row, cache_token, length, eps, H: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, KV_AT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, LATENT: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     One program: BLOCK_M tokens of one head, BLOCK_C outputs; the first also turns the head's rotary part. Bound by
     reading W_UK (2 * H * N * C bytes), which does not depend on the kernel before and so does not wait for it: on an
     H200 5.5 us for V3's 16.8 MB, 71 % of the bandwidth.
+
+    With KV_AT programs after the last head's each cache a token's latents, as latents_kernel does.
     """
+    if KV_AT > 0:
+        beside = tl.program_id(0) - H
+        if beside >= 0:
+            m = ((beside * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
+            if m < M:
+                key_value_latent(
+                    q_ptr + m * q_stride + KV_AT, kv_weight_ptr, rotation_ptr, q_ptr, cache_ptr, rows_ptr,
+                    positions_ptr, m, S, cache_row, cache_token, length, eps, C, R, True, False, LATENT, PAIRS, False,
+                    PDL,
+                )  # fmt: skip
+            return
     h, first_c = tl.program_id(0), tl.program_id(1) * BLOCK_C
     n, c = tl.arange(0, BLOCK_N), first_c + tl.arange(0, BLOCK_C)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -310,15 +340,46 @@ def absorb_query(q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor) ->
     """See absorb_query_ref. w_uk may be any view whose last dimension is contiguous; a token's heads lie together."""
     if not on_gpu(q):
         return absorb_query_ref(q, w_uk, rotation)
+    return launch_absorb(q, w_uk, rotation)
+
+
+def absorb_beside_latents(
+    y: torch.Tensor, w_uk: torch.Tensor, kv_weight: torch.Tensor, rotation: torch.Tensor, cache: torch.Tensor,
+    rows: torch.Tensor, positions: torch.Tensor, *, kv_at: int, eps: float,
+):  # fmt: skip
+    """
+    See absorb_beside_latents_ref. One launch, as neither needs the other: V2-Lite's step of 8 and 64 rows takes 33 and
+    31 us less. For one token two, of which the second loads its weights during the first: 1.66 -> 1.60 ms.
+    """
+    if not on_gpu(y):
+        return absorb_beside_latents_ref(y, w_uk, kv_weight, rotation, cache, rows, positions, kv_at=kv_at, eps=eps)
+    q = own_heads(y, w_uk, rotation)
+    if len(y) == 1:
+        latents(y, None, kv_weight, rotation, cache, rows, positions, kv_at=kv_at, eps=eps)
+        return absorb_query(q, w_uk, rotation)
+    return launch_absorb(q, w_uk, rotation, (kv_weight, cache, rows.contiguous(), positions.contiguous()), kv_at, eps)
+
+
+def launch_absorb(
+    q: torch.Tensor, w_uk: torch.Tensor, rotation: torch.Tensor, latent: tuple[torch.Tensor, ...] | None = None,
+    kv_at: int = 0, eps: float = 0.0,
+):  # fmt: skip
+    """latent: kv_weight, cache, rows, positions of absorb_beside_latents, kv_at columns behind q's first."""
     (M, H, _), (_, N, C), R = q.shape, w_uk.shape, 2 * rotation.shape[-2]
     out = q.new_empty(M, H, C + R)
     block_m, block_c = block_sizes(M, q.dtype == torch.float32)
     if H * C < 128 * 132:  # fewer programs than multiprocessors: narrower ones
         block_c //= 2
-    absorb_query_kernel[(H, cdiv(C, block_c), cdiv(M, block_m))](
-        q, w_uk, rotation.contiguous(), out, M, q.stride(0), w_uk.stride(0), w_uk.stride(1), H, N, C, R,
+    _, cache, _, positions = latent or (None,) * 4
+    where = (1, 0, 0, 0) if latent is None else (positions.shape[1], *cache.stride()[:2], cache.shape[1])
+    S, row_stride, token_stride, length = where
+    blocks = cdiv(C, block_c), cdiv(M, block_m)
+    beside = cdiv(M, blocks[0] * blocks[1]) if latent else 0
+    absorb_query_kernel[(H + beside, *blocks)](
+        q, w_uk, rotation.contiguous(), out, *(latent or (None,) * 4), M, S, q.stride(0), w_uk.stride(0),
+        w_uk.stride(1), row_stride, token_stride, length, eps, H, N, C, R, kv_at,
         "ieee" if q.dtype == torch.float32 else "tf32", block_m, max(triton.next_power_of_2(N), 16), block_c,
-        triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(q.device),
+        triton.next_power_of_2(C), triton.next_power_of_2(R) // 2, num_warps=4, **pdl_options(q.device),
     )  # fmt: skip
     return out
 
@@ -354,13 +415,19 @@ def expand_value_kernel(
 
     The tensor cores take 16 rows or more, and decoding has fewer tokens: the splits of attention's keys are rows too,
     and their products, not they, are merged (merge_ref), without a launch of its own. On an H200 7 us for V3's 16.8 MB
-    and a token of 17 splits, 56 % of the bandwidth.
+    and a token of 17 splits, 56 % of the bandwidth. With BLOCK_C >= C the weights are loaded before the wait, else
+    prefetched.
     """
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    if PDL:
+    c = tl.arange(0, BLOCK_C)
+    w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
+    if BLOCK_C >= C:
+        w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
+    elif PDL:
         row = h.to(tl.int64) * head_stride + tl.minimum(v, V - 1)[:, None] * row_stride
         prefetch(w_ptr + row + tl.minimum(tl.arange(0, LINES) * 64, C - 1)[None, :])
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, TOKENS * SPLITS)
@@ -370,12 +437,15 @@ def expand_value_kernel(
     if SPLITS > 1:
         lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
     acc = tl.zeros((TOKENS * SPLITS, BLOCK_V), dtype=tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        o = tl.load(o_ptr + at[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-        w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
-        w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
+    o_ptrs = o_ptr + at[:, None] * C + c[None, :]
+    if BLOCK_C >= C:
+        o = tl.load(o_ptrs, mask=there[:, None] & (c < C)[None, :], other=0.0)
         acc = tl.dot(o, w, acc, input_precision=PRECISION)
+    else:
+        for c0 in range(0, C, BLOCK_C):
+            o = tl.load(o_ptrs + c0, mask=there[:, None] & (c < C - c0)[None, :], other=0.0)
+            w = tl.load(w_ptrs + c0, mask=(v < V)[None, :] & (c < C - c0)[:, None], other=0.0)
+            acc = tl.dot(o, w, acc, input_precision=PRECISION)
     if SPLITS > 1:  # only now: the loads above wait for nothing
         lse = tl.reshape(lse, (TOKENS, SPLITS))
         most = tl.max(lse, 1)  # -inf past the last token
@@ -416,12 +486,15 @@ def expand_value(
         block_v = 32
     tokens = max(block_m // slots, 1)
     num_stages = (4 if on_hopper(parts.device) else 3) - (tokens * slots > 64)  # what shared memory holds
+    block_c, num_warps = 32 if fp32 else 128, 4
+    if quantise and not fp32 and tokens == 1 and slots <= 32 and 128 <= C <= 512 and on_hopper(parts.device):
+        block_c, num_warps = triton.next_power_of_2(C), 8  # one rank of 8 takes 11 us less for 11 layers, V3-8L 2
     out, values, scale = outputs(parts, (M, H * V), quantise, keep)
     expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, tokens))](
         parts.contiguous(), lse, w_uv, out, values, scale, M, S, splits, w_uv.stride(0), w_uv.stride(1), H, V, C,
         out is not None, quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", tokens, slots, block_v,
-        32 if fp32 else 128, triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=4, num_stages=num_stages, **pdl_options(parts.device),
+        block_c, triton.next_power_of_2(cdiv(C, 64)),
+        num_warps=num_warps, num_stages=num_stages, **pdl_options(parts.device),
         enable_fp_fusion=False,  # threads that hold copies of a merged sum must agree on its last bit
     )  # fmt: skip
     return result(out, values, scale)

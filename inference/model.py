@@ -24,10 +24,10 @@ from torch import nn
 
 from attention import latent_attention, prefill_attention
 from config import BLOCK_SIZE, ModelArgs
-from experts import experts, gated_linear, pair_block
+from experts import WIDE, experts, gated_linear, pair_block
 from gpu import cdiv
 from kernel import E4M3, W8A16, Quantised, linear, linear_fp32
-from latent import absorb_query, expand_value, join_keys, latents, rotate_query
+from latent import absorb_beside_latents, absorb_query, expand_value, join_keys, latents, rotate_query
 from parallel import Parallel
 from routing import Routing, gate_scores, route_and_sort
 
@@ -159,8 +159,7 @@ class RMSNorm(nn.Module):
 # --- rotary embeddings ------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache
-def rotary_frequencies(args: ModelArgs, device: torch.device) -> torch.Tensor:
+def rotary_frequencies(args: ModelArgs) -> torch.Tensor:
     """
     Angle per position of each rotary pair, [R / 2] in fp32: theta ** (-2i / R), and with YaRN (arXiv:2309.00071, 3.2)
     divided by rope_factor for the pairs that turn fewer than beta_slow times in original_seq_len tokens, unchanged for
@@ -177,7 +176,15 @@ def rotary_frequencies(args: ModelArgs, device: torch.device) -> torch.Tensor:
         high = min(math.ceil(pair_turning(args.beta_slow)), R - 1)
         ramp = (torch.arange(R // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
         frequency *= 1 - (1 - 1 / args.rope_factor) * ramp.clamp(0, 1)
-    return frequency.float().to(device)
+    return frequency.float()
+
+
+@functools.lru_cache
+def rotations(args: ModelArgs, length: int, device: torch.device) -> torch.Tensor:
+    """[length, R / 2, 2] in fp32: cos and sin of each rotary pair's angle at each position."""
+    with torch.inference_mode(False):  # a trainer may meet it later
+        angle = torch.arange(length, device=device)[:, None] * rotary_frequencies(args).to(device)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -249,23 +256,27 @@ class MLA(nn.Module):
         Without a cache the tokens see each other only. `absorb` forces one of the two equal ways to compute.
         """
         (B, S), C = step.positions.shape, self.kv_lora_rank
-        y = self.wqkv_a(x)
-        q_norm = self.q_norm.weight if self.q_lora_rank else None
-        quantised = {"quantise": self.wo.quantises, "scale_fmt": self.wo.scale_fmt, "keep": False}
-        options = {"kv_at": self.kv_at, "eps": LATENT_NORM_EPS} | quantised
-        q, kv = latents(y, q_norm, self.kv_norm.weight, step.rotation, cache, step.rows, step.positions, **options)
-        q = self.wq_b(q) if self.q_lora_rank else y[:, : self.q_rows]
-        q = q.unflatten(1, (self.n_local_heads, -1))
         w_uk, w_uv = self.wkv_b.weight.view(self.n_local_heads, -1, C).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )
         kv_len = S if cache is None else min(step.kv_len, cache.shape[1])  # tokens past the cache's end are not in it
-        if cache is not None and (self.absorb(S, kv_len) if absorb is None else absorb):
-            q = absorb_query(q, w_uk, step.rotation).unflatten(0, (B, S))
+        absorb = cache is not None and (self.absorb(S, kv_len) if absorb is None else absorb)
+        quantised = {"quantise": self.wo.quantises, "scale_fmt": self.wo.scale_fmt, "keep": False}
+        given = self.kv_norm.weight, step.rotation, cache, step.rows, step.positions
+        options = {"kv_at": self.kv_at, "eps": LATENT_NORM_EPS}
+        y = self.wqkv_a(x)
+        if absorb and not self.q_lora_rank:
+            q = absorb_beside_latents(y, w_uk, *given, **options)
+        else:
+            q_norm = self.q_norm.weight if self.q_lora_rank else None
+            q, kv = latents(y, q_norm, *given, **options, **quantised)
+            q = (self.wq_b(q) if self.q_lora_rank else y[:, : self.q_rows]).unflatten(1, (self.n_local_heads, -1))
+            q = absorb_query(q, w_uk, step.rotation) if absorb else rotate_query(q, step.rotation)
+        q = q.unflatten(0, (B, S))
+        if absorb:
             o = latent_attention(q, cache, step.rows, step.positions, kv_len, self.softmax_scale, C)
             o = expand_value(o, w_uv, **quantised)
         else:
-            q = rotate_query(q, step.rotation).unflatten(0, (B, S))
             kv = kv.unflatten(0, (B, S)) if cache is None else cache[step.rows, :kv_len]
             latent, k_pe = kv.split([C, self.qk_rope_head_dim], dim=-1)
             expanded = linear(latent.flatten(0, 1), self.wkv_b.weight).unflatten(1, (self.n_local_heads, -1))
@@ -312,7 +323,7 @@ class Gate(nn.Module):
     n_limited_groups best groups stay, and the top K of them are chosen. The weights come from s alone, so the bias,
     which balances the load without an auxiliary loss, decides where a token goes and never what it receives.
 
-    `n_shared` experts follow the routed ones, chosen by every token with weight 1.
+    `n_shared` shared experts, -n_shared to -1, are every token's last choices, with weight 1.
     """
 
     def __init__(self, args: ModelArgs, n_shared: int = 0):
@@ -331,29 +342,29 @@ class Gate(nn.Module):
         }
 
     def forward(
-        self, x: torch.Tensor, first: int = 0, n_local: int = 1, block: int = 16
+        self, x: torch.Tensor, first: int = 0, n_local: int = 1, block: int = 16, early: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """
         x [M, D] -> weights [M, K] fp32, indices [M, K], and the pairs that go to the experts [first, first + n_local),
-        in tiles of `block`.
+        in tiles of `block`. early: see route_and_sort.
         """
-        scores = gate_scores(x, self.weight)
-        return route_and_sort(scores, self.bias, first=first, n_local=n_local, block=block, **self.options)
+        where = {"first": first, "n_local": n_local, "block": block, "early": early}
+        return route_and_sort(gate_scores(x, self.weight), self.bias, **where, **self.options)
 
 
 class Experts(nn.Module):
     """
-    The routed experts of a layer, stacked, and behind them `n_shared` shared ones. A rank holds a slice of each, or
-    with `expert_parallel` whole ones: experts [first, first + n_local). Either way the ranks' results add up.
+    `n_shared` shared experts of a layer and behind them the routed ones, stacked. A rank holds a slice of each, or with
+    `expert_parallel` whole ones: experts [first, first + n_local). Either way the ranks' results add up.
     """
 
     def __init__(self, args: ModelArgs, parallel: Parallel, n_shared: int):
         super().__init__()
-        split = parallel.world_size
+        split, self.n_shared = parallel.world_size, n_shared
         self.n_routed = args.n_routed_experts // split if parallel.expert_parallel else args.n_routed_experts
         self.n_local = self.n_routed + n_shared
         self.n_others = args.n_routed_experts - self.n_routed
-        self.first = parallel.rank * self.n_routed if parallel.expert_parallel else 0
+        self.first = (parallel.rank * self.n_routed if parallel.expert_parallel else 0) - n_shared
         inter_dim = args.moe_inter_dim if parallel.expert_parallel else args.moe_inter_dim // split
         self.w13 = Linear(args.dim, inter_dim, args, stack=(self.n_local, 2))
         self.w2 = Linear(inter_dim, args.dim, args, stack=(self.n_local,))
@@ -361,11 +372,11 @@ class Experts(nn.Module):
     def forward(self, x: Activation, weights: torch.Tensor, routing: Routing, block: int) -> torch.Tensor:
         """x [M, D], weights [M, K] -> weight * expert(x) for each choice, [M, K, D]."""
         w13, w2 = (self.w13.weight, self.w13.scale), (self.w2.weight, self.w2.scale)
-        placed = {"everywhere": self.n_others == 0, "n_shared": self.n_local - self.n_routed}
+        placed = {"everywhere": self.n_others == 0, "n_shared": self.n_shared}
         return experts(x, w13, w2, self.w2.scale_fmt, weights, routing, block, **placed)
 
     def weights(self) -> Weights:
-        for i in range(self.n_routed):
+        for i in range(self.n_shared, self.n_local):
             for kind, both in self.w13.weights():
                 yield f"{self.first + i}.w1.{kind}", both[i, 0]
                 yield f"{self.first + i}.w3.{kind}", both[i, 1]
@@ -396,7 +407,8 @@ class MoE(nn.Module):
         experts = self.experts
         n_pairs, n_experts, w13 = h.shape[0] * self.gate.n_choices, experts.n_local + experts.n_others, experts.w13
         block = pair_block(h, n_pairs, n_experts, w13.weight, w13.scale_fmt)
-        weights, _, routing = self.gate(h, experts.first, experts.n_local, block)
+        early = self.n_alike > 0 and w13.weight.shape[-2] >= WIDE
+        weights, _, routing = self.gate(h, experts.first, experts.n_local, block, early)
         terms = experts(x, weights, routing, block)
         if self.shared_experts is not None:
             terms = torch.cat([terms, self.shared_experts(x)[:, None]], dim=1)
@@ -406,11 +418,11 @@ class MoE(nn.Module):
         if not self.n_alike:
             return
         for kind, both in self.experts.w13.weights():
-            w1, w3 = both[-self.n_alike :].unbind(1)
+            w1, w3 = both[: self.n_alike].unbind(1)
             yield f"shared_experts.w1.{kind}", w1.squeeze(0)
             yield f"shared_experts.w3.{kind}", w3.squeeze(0)
         for kind, stacked in self.experts.w2.weights():  # [D, n_shared, I]: their columns side by side
-            yield f"shared_experts.w2.{kind}", stacked[-self.n_alike :].transpose(0, 1).squeeze(1)
+            yield f"shared_experts.w2.{kind}", stacked[: self.n_alike].transpose(0, 1).squeeze(1)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -506,10 +518,14 @@ class Transformer(nn.Module):
                 raise ValueError("kv_len is needed with a start_pos tensor: reading its maximum would stall the device")
             kv_len = start_pos + S
         start_pos = torch.as_tensor(start_pos, device=device)
-        positions = start_pos.expand(B)[:, None] + torch.arange(S, device=device)
-        angle = positions.flatten()[:, None] * rotary_frequencies(self.args, device)
+        positions = start_pos.expand(B)[:, None].contiguous()
+        table = rotations(self.args, 1 << (kv_len - 1).bit_length(), device)  # of few lengths
+        known = positions
+        if S > 1:
+            positions = positions + torch.arange(S, device=device)
+            known = positions.clamp(max=len(table) - 1)  # padding may lie past all that counts
         rows = torch.arange(B, device=device) if rows is None else rows
-        return Step(positions, torch.stack([angle.cos(), angle.sin()], dim=-1), rows, kv_len)
+        return Step(positions, table[known.flatten()], rows, kv_len)
 
     def hidden(self, tokens: torch.Tensor, step: Step, cache: torch.Tensor | None = None) -> torch.Tensor:
         """tokens [B, S] -> [B, S, D] after the final norm: what the head and the first MTP module take."""

@@ -5,8 +5,8 @@ takes the chosen pairs (token, expert).
 Decoding is bound by latency, so what can share a launch does. Nothing here waits for the host: all shapes follow from
 the number of tokens.
 
-Dimension letters: M tokens, D dim, E routed experts, K n_activated_experts, K' = K + shared experts that every token
-takes, P = M * K' pairs, T tiles.
+Dimension letters: M tokens, D dim, S slices of D, E routed experts, K n_activated_experts, K' = K + shared experts that
+every token takes, P = M * K' pairs, T tiles.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def tile_count(pairs: int, n_local: int, block: int) -> int:
 
 
 def gate_scores_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [M, D], weight [E, D] fp32 -> x W^T [M, E] in fp32."""
+    """x [M, D], weight [E, D] fp32 -> x W^T in fp32, as a sum that `route` makes: [S, M, E], here of one term."""
     with torch.autocast(x.device.type, enabled=False):  # fp32 under a trainer's autocast too
-        return F.linear(x.float(), weight)
+        return F.linear(x.float(), weight)[None]
 
 
 @triton.jit
@@ -85,19 +85,21 @@ def few_scores_kernel(
 
 @triton.jit
 def split_scores_kernel(
-    x_ptr, w_ptr, y_ptr, part_ptr, counter_ptr, M, E, D, SLICE: tl.constexpr, SLICES: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, M, E, D, SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    One program: a BLOCK_M x BLOCK_E tile of y over SLICE of D; the last of a tile adds the SLICES parts in their order.
+    One program: a BLOCK_M x BLOCK_E tile of x W^T over SLICE of D.
 
     The tensor cores take bf16, so w = hi + lo, both bf16: exact for a weight that was bf16, within 2^-17 for others.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    if PDL:
+        line = tl.program_id(1) * SLICE + tl.arange(0, triton.next_power_of_2(SLICE // 32)) * 32
+        prefetch(w_ptr + tl.minimum(e, E - 1)[:, None] * D + tl.minimum(line, D - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
     for first in range(0, SLICE, BLOCK_D):
         d = tl.program_id(1) * SLICE + first + tl.arange(0, BLOCK_D)
@@ -108,15 +110,7 @@ def split_scores_kernel(
         acc = tl.dot(x, (w - hi.to(tl.float32)).to(tl.bfloat16), acc)
     cells = m[:, None] * E + e[None, :]
     inside = (m < M)[:, None] & (e < E)[None, :]
-    tl.store(part_ptr + tl.program_id(1) * M * E + cells, acc, mask=inside)
-    tl.debug_barrier()
-    counter_ptr += tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
-        total = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-        for part in tl.static_range(SLICES):
-            total += tl.load(part_ptr + part * M * E + cells, mask=inside, other=0.0, cache_modifier=".cg")
-        tl.store(y_ptr + cells, total, mask=inside)
-        tl.store(counter_ptr, 0)
+    tl.store(y_ptr + tl.program_id(1) * M * E + cells, acc, mask=inside)
 
 
 def gate_scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -124,8 +118,9 @@ def gate_scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (M, D), E = x.shape, weight.shape[0]
     if not on_gpu(x) or (x.dtype == torch.float32 and M > FEW_TOKENS):
         return gate_scores_ref(x, weight)
-    x, y = x.contiguous(), torch.empty(M, E, dtype=torch.float32, device=x.device)
+    x = x.contiguous()
     if M <= FEW_TOKENS:
+        y = torch.empty(1, M, E, dtype=torch.float32, device=x.device)
         block_e = 1 if E <= 132 else 2  # about as many programs as multiprocessors
         few_scores_kernel[(cdiv(E, block_e),)](
             x, weight, y, M, E, D, triton.next_power_of_2(M), block_e, min(triton.next_power_of_2(D), 1024),
@@ -136,15 +131,15 @@ def gate_scores(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tiles = cdiv(E, block_e) * cdiv(M, block_m)
         steps = cdiv(cdiv(D, block_d), max(132 // tiles, 1))  # of each slice
         slices = cdiv(cdiv(D, block_d), steps)
-        parts = torch.empty(slices, M, E, dtype=torch.float32, device=x.device)
+        y = torch.empty(slices, M, E, dtype=torch.float32, device=x.device)
         split_scores_kernel[(cdiv(E, block_e), slices, cdiv(M, block_m))](
-            x, weight, y, parts, counters(x.device), M, E, D, steps * block_d, slices, block_m, block_e, block_d,
+            x, weight, y, M, E, D, steps * block_d, block_m, block_e, block_d,
             num_warps=4, num_stages=3, **pdl_options(x.device),
         )  # fmt: skip
     else:
         hi = weight.bfloat16()
         both = linear_fp32(x, torch.cat([hi, (weight - hi).bfloat16()]))
-        torch.add(both[:, :E], both[:, E:], out=y)
+        y = (both[:, :E] + both[:, E:])[None]
     return y
 
 
@@ -156,15 +151,16 @@ def route_ref(
     top_k: int, route_scale: float, n_shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
-    logits [M, E], bias [E] or None -> weights [M, K'] fp32, indices [M, K'] int32.
+    logits [S, M, E], of which the sum counts, bias [E] or None -> weights [M, K'] fp32, indices [M, K'] int32.
 
     Scores s = sigmoid or softmax of the logits. The choice is on s + bias: a group of experts scores the sum of its two
     best (without a bias its best), the n_limited_groups best groups stay, and the top K of them are chosen, the best
     first and of equal ones the one with the lower index. The weights come from s alone, so the bias, which balances the
     load without an auxiliary loss, decides where a token goes and never what it receives.
 
-    The shared experts follow as experts E, E + 1, ... with weight 1.
+    The shared experts follow, as experts -n_shared, ..., -1, with weight 1.
     """
+    logits = logits.sum(0)
     scores = logits.sigmoid() if score_func == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias
     if n_groups > 1:
@@ -178,7 +174,7 @@ def route_ref(
     if score_func == "sigmoid":
         weights = weights / weights.sum(-1, keepdim=True)
     weights = F.pad(weights * route_scale, (0, n_shared), value=1.0)
-    shared = torch.arange(n_shared, device=indices.device) + logits.shape[1]
+    shared = torch.arange(-n_shared, 0, device=indices.device)
     return weights, torch.cat([indices, shared.expand(len(indices), -1)], dim=1).int()
 
 
@@ -192,6 +188,15 @@ def sortable(x):
 @triton.jit
 def value_of(key):
     return (key ^ ((key >> 31) & _LAST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_sum(ptrs, stride, mask, other, SLICES: tl.constexpr):
+    """The sum of SLICES numbers each, `stride` apart, in their order; `other` where there are none."""
+    total = tl.load(ptrs, mask=mask, other=other)
+    for s in tl.static_range(1, SLICES):
+        total += tl.load(ptrs + s * stride, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit
@@ -210,13 +215,13 @@ def sort_few(
     tl.store(tile_stop_ptr + place, tl.where(local, place + 1, 0), mask=pair < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def route_kernel(
     logits_ptr, bias_ptr, weights_ptr, indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr,
-    first, n_local, route_scale,
+    M, first, n_local, route_scale, SLICES: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, N_GROUPS: tl.constexpr, KEPT: tl.constexpr,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, SORT: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     One program: one token, its scores as [GROUPS, MEMBERS]. With SORT, the only token, its pairs are sorted too.
@@ -228,12 +233,14 @@ def route_kernel(
     group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)
     expert = group[:, None] * (E // N_GROUPS) + member[None, :]
     inside = (group < N_GROUPS)[:, None] & (member < E // N_GROUPS)[None, :]
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if BIAS:
         bias = tl.load(bias_ptr + expert, mask=inside, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    logits = tl.load(logits_ptr + expert, mask=inside, other=float("-inf"))
+    logits = load_sum(logits_ptr + expert, M * E, inside, float("-inf"), SLICES)
     if SIGMOID:
         choice = 1 / (1 + tl.exp(-logits))
     else:
@@ -257,12 +264,12 @@ def route_kernel(
         key = tl.where(inside & dropped, sortable(tl.full((GROUPS, MEMBERS), float("-inf"), tl.float32)), key)
 
     column = tl.arange(0, BLOCK_K)
-    index = E + column - K  # of the shared experts
+    index = column - COLUMNS  # of the shared experts
     for k in tl.static_range(K):
         best = tl.min(tl.where(key == tl.max(key), expert, _LAST))
         index = tl.where(column == k, best, index)
         key = tl.where(expert == best, _LOWEST, key)
-    chosen = tl.load(logits_ptr + index, mask=column < K, other=float("-inf"))
+    chosen = load_sum(logits_ptr + index, M * E, column < K, float("-inf"), SLICES)
     if SIGMOID:
         weight = 1 / (1 + tl.exp(-chosen))
         weight /= tl.sum(weight)
@@ -279,17 +286,18 @@ def route_kernel(
 
 
 def launch_route(
-    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing | None = None, first: int = 0, n_local: int = 0,
-    *, score_func: str, n_groups: int, n_limited_groups: int, top_k: int, route_scale: float, n_shared: int = 0,
+    logits: torch.Tensor, bias: torch.Tensor | None, early: bool = False, routing: Routing | None = None,
+    first: int = 0, n_local: int = 0, *, score_func: str, n_groups: int, n_limited_groups: int, top_k: int,
+    route_scale: float, n_shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    (M, E), columns = logits.shape, top_k + n_shared
+    (S, M, E), columns = logits.shape, top_k + n_shared
     weights = torch.empty(M, columns, dtype=torch.float32, device=logits.device)
     indices = torch.empty(M, columns, dtype=torch.int32, device=logits.device)
     route_kernel[(M,)](
-        logits, bias, weights, indices, *(routing or (None,) * 4), first, n_local, route_scale, E, top_k, columns,
+        logits, bias, weights, indices, *(routing or (None,) * 4), M, first, n_local, route_scale, S, E, top_k, columns,
         n_groups, n_limited_groups, score_func == "sigmoid", bias is not None, routing is not None,
         triton.next_power_of_2(n_groups), triton.next_power_of_2(E // n_groups), triton.next_power_of_2(columns),
-        num_warps=1, **pdl_options(logits.device),
+        early, num_warps=1, **pdl_options(logits.device),
     )  # fmt: skip
     return weights, indices
 
@@ -382,13 +390,15 @@ def sum_counts(counts_ptr, n_chunks, BINS: tl.constexpr, ROWS: tl.constexpr):
 def sort_kernel(
     indices_ptr, order_ptr, tile_expert_ptr, tile_start_ptr, tile_stop_ptr, P, first, n_local, n_tiles,
     BLOCK: tl.constexpr, PAIRS: tl.constexpr, BINS: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     One program: the places of OWN pairs, each as many as come before it. The first program: the tiles. None waits for
     another.
     """
     if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if tl.program_id(0) == 0:
@@ -453,8 +463,8 @@ def empty_routing(P: int, n_local: int, block: int, device: torch.device) -> Rou
     return Routing(*(torch.empty(n, dtype=torch.int32, device=device) for n in (P, T, T, T)))
 
 
-def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> Routing:
-    """See sort_pairs_ref."""
+def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int, early: bool = False) -> Routing:
+    """See sort_pairs_ref; for `early`, route_and_sort."""
     if not on_gpu(indices):
         return sort_pairs_ref(indices, first, n_local, block)
     indices, P, device = indices.int().contiguous(), indices.numel(), indices.device
@@ -465,7 +475,7 @@ def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> R
         pairs, own = triton.next_power_of_2(P), 32
         sort_kernel[(1 + cdiv(P, own),)](
             indices, order, *tiles, P, first, n_local, n_tiles, block, pairs, bins, own, min(pairs, 512),
-            num_warps=8, **options,
+            early, num_warps=8, **options,
         )  # fmt: skip
         return routing
     chunks, rows = cdiv(P, CHUNK), max(8192 // bins, 1)
@@ -482,11 +492,18 @@ def sort_pairs(indices: torch.Tensor, first: int, n_local: int, block: int) -> R
 
 
 def route_and_sort(
-    logits: torch.Tensor, bias: torch.Tensor | None, *, first: int, n_local: int, block: int, **options
-) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """`route`, then `sort_pairs`: weights, indices, Routing. For one token, a tile a pair, in one launch."""
-    if not on_gpu(logits) or logits.shape[0] > 1 or block > 1:
-        weights, indices = route(logits, bias, **options)
-        return weights, indices, sort_pairs(indices, first, n_local, block)
-    routing = empty_routing(options["top_k"] + options.get("n_shared", 0), n_local, block, logits.device)
-    return *launch_route(logits.contiguous(), bias, routing, first, n_local, **options), routing
+    logits: torch.Tensor, bias: torch.Tensor | None, *, first: int, n_local: int, block: int, early: bool = False,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor, Routing]:  # fmt: skip
+    """
+    `route`, then `sort_pairs`: weights, indices, Routing. For one token, a tile a pair, in one launch. early: the
+    kernel that follows may start at once, for what does not depend on the routing (see gpu.py).
+    """
+    if not on_gpu(logits):
+        weights, indices = route_ref(logits, bias, **options)
+        return weights, indices, sort_pairs_ref(indices, first, n_local, block)
+    logits, routing = logits.contiguous(), None
+    if logits.shape[1] == 1 == block:
+        routing = empty_routing(options["top_k"] + options.get("n_shared", 0), n_local, block, logits.device)
+    weights, indices = launch_route(logits, bias, early, routing, first, n_local, **options)
+    return weights, indices, routing or sort_pairs(indices, first, n_local, block, early)

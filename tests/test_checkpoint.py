@@ -679,7 +679,7 @@ def test_an_fp8_checkpoint_fills_a_wider_model(folder):
         experts = model.layers[2].ffn.experts.w2.weight
         assert experts.shape == (12 + 1, 384, 256)  # and the shared one
         wanted = [stored[f"model.layers.2.mlp.experts.{i}.down_proj.weight"] for i in range(12)]
-        wanted = torch.stack([*wanted, stored["model.layers.2.mlp.shared_experts.down_proj.weight"]])
+        wanted = torch.stack([stored["model.layers.2.mlp.shared_experts.down_proj.weight"], *wanted])
         torch.testing.assert_close(experts.float(), wanted.float(), rtol=2**-8, atol=0)
 
 

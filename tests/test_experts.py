@@ -82,12 +82,12 @@ def experts_exact(x, w13, w2, scale_fmt, weights, indices, first, dtype, inner_f
 
 
 def choices(M: int, K: int, E: int, how: str, n_shared: int = 0) -> torch.Tensor:
-    """[M, K + n_shared] different experts of each token, and the shared ones E, E + 1, ..."""
+    """[M, K + n_shared] different experts of each token, and the shared ones -n_shared, ..., -1."""
     generator = torch.Generator().manual_seed(M)
     preference = torch.rand(M, E, generator=generator)
     if how == "skewed":  # one expert has all tokens, another none
         preference[:, E // 2], preference[:, 0] = 2.0, -1.0
-    shared = torch.arange(E, E + n_shared).expand(M, -1)
+    shared = torch.arange(-n_shared, 0).expand(M, -1)
     return torch.cat([preference.argsort(1, descending=True)[:, :K], shared], 1).int()
 
 
@@ -187,16 +187,16 @@ def check_experts(
         weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
         weights[:, K:] = 1
         exact, wide = (
-            experts_exact(given, both, down, scale_fmt, weights, indices.to(device), 0, dtype, inner_fp8)
+            experts_exact(given, both, down, scale_fmt, weights, indices.to(device), -n_shared, dtype, inner_fp8)
             for inner_fp8 in (True, False)
         )
         for block in blocks or (pair_block(x, indices.numel(), E + n_shared, both[0], scale_fmt),):
-            parts = [(0, E + n_shared), (0, E // 2), (E // 2, E + n_shared - E // 2)]
+            parts = [(-n_shared, E + n_shared), (-n_shared, E // 2 + n_shared), (E // 2, E - E // 2)]
             results = []
             for first, n_local in parts:
                 case = (M, E, D, inter, dtype, scale_fmt, how, block, first)
                 routing = Routing(*(t.to(device) for t in sort_pairs_ref(indices, first, n_local, block)))
-                some = slice(first, first + n_local)
+                some = slice(first + n_shared, first + n_shared + n_local)
                 a, b = ((w[some], None if s is None else s[some]) for w, s in (both, down))
                 with poisoned():
                     whole = n_local == len(w2)
@@ -266,16 +266,21 @@ def test_kernels_in_the_interpreter():
     assert interpret(__file__) == "interpreted"
 
 
-def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, tiles: Tiles) -> None:
-    """The two products of fp8 experts, each with the same tiles: given what the kernel takes, what it gives."""
+def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, tiles: Tiles, n_shared: int = 0) -> None:
+    """
+    The two products of fp8 experts, of which n_shared are shared, each with the same tiles: given what the kernel
+    takes, what it gives.
+    """
     x = random(M, D, dtype=torch.bfloat16)
     w13, s13 = quantised_stack(random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5, None)
     w2, s2 = quantised_stack(random(E, D, inter, seed=2) / inter**0.5, None)
     values, scale = act_quant_ref(x)
-    indices, case = choices(M, K, E, how), (M, E, D, inter, K, how, tiles)
+    indices, case = choices(M, K, E - n_shared, how, n_shared), (M, E, D, inter, K, how, tiles)
+    K += n_shared
     P, block = M * K, tiles.block_m
-    routing = sort_pairs_ref(indices, 0, E, block)
-    order, expert = routing.order.long(), indices.flatten()[routing.order.long()].tolist()
+    routing = sort_pairs_ref(indices, -n_shared, E, block)
+    order = routing.order.long()
+    expert = (indices.flatten()[order] + n_shared).tolist()
     rows = order // K
     x64 = double(values, scale, rows=1)
     gate, up = (
@@ -288,7 +293,12 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
 
     # In fp32 nothing is rounded on the way: gathered by the kernel, and rows that were gathered before.
     exact, y = silu_mul_exact(gate, up, torch.float64), before_nans(torch.full((P, inter), torch.nan))
-    launch_gemm(before_nans(values), strided_before_nans(column_major), *weights, y, gated=True, **options)
+    unread = Routing(*(part.clone() for part in routing))  # before the routing is known
+    unread.order[: M * n_shared] = 2**30
+    for part in unread[1:]:
+        part[: n_shared * cdiv(M, block)] = 2**30
+    early = options | {"routing": unread, "n_shared": n_shared}
+    launch_gemm(before_nans(values), strided_before_nans(column_major), *weights, y, gated=True, **early)
     assert relative(y, exact) < 2e-6 and (y._base[y.nbytes :] == 0xFF).all(), case
     y.fill_(torch.nan)
     neighbours = before_nans(values.view(torch.uint8)[rows].view(E4M3)), before_nans(scale[rows])
@@ -305,7 +315,7 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
             h = torch.full((P, inter), 0x7F, dtype=torch.uint8).view(E4M3)
             h_scale = torch.full((cdiv(inter, 128), P), torch.nan).t()
             inputs = before_nans(values), strided_before_nans(column_major)
-            launch_gemm(*inputs, *weights, h, h_scale, scale_fmt, gated=True, **options)
+            launch_gemm(*inputs, *weights, h, h_scale, scale_fmt, gated=True, **early)
             assert_e4m3_of(Quantised(None, h, h_scale), gate, up, 0.0, torch.float64, scale_fmt, case)
 
     # Scattered to the pairs' own order, times their weights.
@@ -322,23 +332,24 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
     assert not counters(x.device).any(), case
 
 
-def check_one_token(device: str, M: int, E: int, D: int, inter: int, K: int, cuts: list[Rows | None]) -> None:
+def check_one_token(device: str, E: int, D: int, inter: int, K: int, n_shared: int, cuts: list[Rows | None]) -> None:
     """
-    Gate and up of tokens' pairs, one by one: against float64, as nothing is cut off on the way; and quantised.
+    Gate and up of a token's pairs: against float64, as nothing is cut off on the way; and quantised. Without shared
+    experts the last one is another rank's.
 
     A number is rounded at most 64 times (16 products of a thread, 28 steps, 5 halvings, 3 parts, scales), by 2^-25 of
     the terms' norm, rms: 2^-22 in all. 8 times that is allowed to each.
     """
-    x, w = random(M, D, dtype=torch.bfloat16), random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5
-    indices = choices(M, K, E, "skewed")
-    routing = sort_pairs_ref(indices, 0, E - 1, 1)
-    pairs = routing.order[routing.tile_start[routing.tile_expert >= 0].long()].long()
+    x, w = random(1, D, dtype=torch.bfloat16), random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5
+    indices = torch.cat([torch.arange(E - n_shared)[-K:], torch.arange(-n_shared, 0)])[None].int()
+    tile_expert = sort_pairs_ref(indices, -n_shared, E if n_shared else E - 1, 1).tile_expert
+    chosen, P = tile_expert[tile_expert >= 0].tolist(), len(tile_expert)
+    assert len(chosen) == P - (n_shared == 0)
+    tile_expert[:n_shared] = 2**30  # not read
     values, w8 = act_quant_ref(x), quantised_stack(w, None)
     wide = (x.bfloat16(), None), (w.bfloat16(), None)
-    on_device = Routing(*(t.to(device) for t in routing))
     for inputs, weight in (wide, (values, w8)):
-        x64 = double(*inputs, rows=1)
-        rows, chosen = x64[pairs // K], indices.flatten()[pairs]
+        rows = double(*inputs, rows=1).expand(len(chosen), -1)
         halves = [
             torch.stack([double(weight[0][e, i], None if weight[1] is None else weight[1][e, i]) for e in chosen])
             for i in (0, 1)
@@ -347,16 +358,17 @@ def check_one_token(device: str, M: int, E: int, D: int, inter: int, K: int, cut
         norm = torch.stack([torch.einsum("pd, pid -> pi", rows**2, w64**2).sqrt() for w64 in halves]).amax(0)
         operands = [None if t is None else strided_before_nans(t.to(device)) for t in (*inputs, *weight)]
         for cut in cuts:
-            case, options = (M, inter, D, cut), {"routing": on_device, "top_k": K, "gated": True, "cut": cut}
-            y = before_nans(torch.full((M * K, inter), torch.nan, device=device))
+            case = inter, D, cut
+            options = {"tile_expert": tile_expert.to(device), "n_shared": n_shared, "gated": True, "cut": cut}
+            y = before_nans(torch.full((P, inter), torch.nan, device=device))
             launch_one_token(*operands, y, **options)
-            assert relative(y[: len(pairs)].cpu(), silu_mul_exact(gate, up, torch.float64)) < 2e-6, case
-            assert y[len(pairs) :].isnan().all() and (y._base[y.nbytes :] == 0xFF).all(), case
+            assert relative(y[: len(chosen)].cpu(), silu_mul_exact(gate, up, torch.float64)) < 2e-6, case
+            assert y[len(chosen) :].isnan().all() and (y._base[y.nbytes :] == 0xFF).all(), case
             for scale_fmt in SCALE_FMTS if weight[1] is not None else ():
-                h = torch.full((M * K, inter), 0x7F, dtype=torch.uint8, device=device).view(E4M3)
-                scale = torch.full((cdiv(inter, 128), M * K), torch.nan, device=device).t()
+                h = torch.full((P, inter), 0x7F, dtype=torch.uint8, device=device).view(E4M3)
+                scale = torch.full((cdiv(inter, 128), P), torch.nan, device=device).t()
                 launch_one_token(*operands, h, scale, scale_fmt, **options)
-                found = Quantised(None, *(t.cpu()[: len(pairs)] for t in (h, scale)))
+                found = Quantised(None, *(t.cpu()[: len(chosen)] for t in (h, scale)))
                 assert_e4m3_of(found, gate, up, norm * 2.0**-19, torch.bfloat16, scale_fmt, case)
     assert not counters(operands[0].device).any()
 
@@ -376,8 +388,10 @@ def interpreted() -> None:
         (40, 3, 456, 72, 1, "random", many._replace(block_m=32)),
     ):
         interpreted_launches(M, E, D, inter, K, how, tiles)
-    check_one_token("cpu", 1, 7, 1400, 129, 3, [Rows(8, 1, 2, 96), Rows(4, 3, 1, 96), Rows(32, 1, 1, 96), None])
-    check_one_token("cpu", 3, 4, 304, 72, 2, [Rows(8, 2, 4, 96)])
+    interpreted_launches(1, 5, 384, 72, 2, "random", few, n_shared=1)
+    interpreted_launches(18, 5, 300, 128, 1, "skewed", few._replace(split=2), n_shared=2)
+    check_one_token("cpu", 4, 1400, 72, 2, 0, [Rows(8, 1, 2, 96), Rows(32, 3, 1, 96), None])
+    check_one_token("cpu", 4, 304, 129, 1, 1, [Rows(16, 2, 4, 96)])
     for M in (1, 7):
         check_gated("cpu", M, 200, 300, torch.float32, False)
         check_gated("cpu", M, 200, 456, torch.bfloat16, True)
@@ -442,8 +456,8 @@ def test_gpu_experts_in_tiles_of_any_size(block):
 def test_gpu_one_token_however_it_is_cut(inter, D):
     """In parts of K ten times: programs finish in any order."""
     cuts = [None, Rows(16, 1, 1, 96), Rows(8, 1, 4, 128), Rows(4, 1, 8, 96), *[Rows(8, 3, 2, 96)] * 10]
-    check_one_token("cuda", 1, 20, D, inter, 6, cuts)
-    check_one_token("cuda", 3, 6, D, inter, 2, cuts[:3])
+    check_one_token("cuda", 20, D, inter, 6, 0, cuts)
+    check_one_token("cuda", 8, D, inter, 3, 2, cuts[:3])
 
 
 @pytest.mark.gpu

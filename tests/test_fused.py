@@ -23,6 +23,7 @@ from gpu import counters
 from interpreter import interpret, needs_interpreter
 from kernel import E4M3, Quantised, act_quant_ref
 from latent import (
+    absorb_beside_latents,
     absorb_query,
     absorb_query_ref,
     apply_rotary_ref,
@@ -196,6 +197,22 @@ def check_halves(device: str, M: int, H: int, N: int, V: int, C: int, R: int, dt
     check_op(lambda *how: expand_value(o, w_v[:, N:], *how), lambda x: assert_sum(x, wanted, case), case)
 
 
+def check_beside_latents(device: str, B: int, S: int, H: int, N: int, C: int, R: int, dtype: torch.dtype) -> None:
+    """To the bit what its two parts make, from queries and latents that stand in one row."""
+    M, gap, length = B * S, 3, 11
+    y = random(M, H * (N + R) + gap + C + R + 2, dtype=dtype).to(device)
+    w_uk, kv_weight = (random(*shape, dtype=dtype, seed=len(shape)).to(device) for shape in ((H, N, C), (C,)))
+    rotation, rows = rotation_of(M, R).to(device), torch.arange(B).flip(0).to(device)
+    positions = (torch.arange(B)[:, None] * 3 % length + torch.arange(S)).to(device)  # of some rows past the end
+    cache = random(B, length, C + R, dtype=dtype, seed=3).to(device)
+    wanted_cache, options = cache.clone(), {"kv_at": H * (N + R) + gap, "eps": EPS}
+    with poisoned():
+        found = absorb_beside_latents(y, w_uk, kv_weight, rotation, cache, rows, positions, **options)
+    latents(y, None, kv_weight, rotation, wanted_cache, rows, positions, **options)
+    assert torch.equal(cache, wanted_cache)
+    assert torch.equal(found, absorb_query(y[:, : H * (N + R)].unflatten(1, (H, -1)), w_uk, rotation))
+
+
 def check_expand_splits(device: str, B: int, splits: int, S: int, H: int, V: int, C: int, dtype: torch.dtype) -> None:
     """expand_value of what attention left unmerged: splits of very different weights, others empty."""
     case = (B, splits, S, H, V, C, dtype)
@@ -248,6 +265,7 @@ def test_references(dtype):
     check_rotate_query("cpu", 3, 5, 24, 12, dtype)
     check_latents("cpu", 5, 3, 136, 40, 12, dtype)
     check_latents("cpu", 2, 3, 0, 40, 12, dtype, cached=False)
+    check_beside_latents("cpu", 2, 3, 5, 24, 40, 12, dtype)
     check_halves("cpu", 3, 5, 24, 16, 40, 12, dtype)
     check_halves("cpu", 3, 2, 24, 128, 40, 12, dtype)
     check_expand_splits("cpu", 2, 5, 3, 2, 128, 40, dtype)
@@ -308,6 +326,8 @@ def interpreted() -> None:
         check_latents("cpu", 2, 3, 136, 128, 32, dtype, cached=False)
         for M, H, N, V, C, R in ((1, 2, 128, 128, 512, 64), (3, 5, 24, 16, 40, 12), (17, 2, 16, 128, 72, 16)):
             check_halves("cpu", M, H, N, V, C, R, dtype)
+        check_beside_latents("cpu", 1, 1, 2, 16, 200, 16, dtype)
+        check_beside_latents("cpu", 3, 6, 2, 24, 40, 12, dtype)
         for B, splits, S, H, V, C in (
             (1, 2, 1, 2, 128, 72),
             (1, 33, 1, 2, 16, 40),
@@ -356,6 +376,8 @@ def test_gpu_rotary_and_latents(M, dtype):
 def test_gpu_halves(M, dtype):
     for H, N, V, C, R in ((128, 128, 128, 512, 64), (16, 128, 128, 512, 64), (8, 64, 64, 128, 32), (5, 24, 16, 40, 12)):
         check_halves("cuda", M, H, N, V, C, R, dtype)
+        B, S = (M // 2, 2) if M % 2 == 0 else (M, 1)
+        check_beside_latents("cuda", B, S, H, N, C, R, dtype)
 
 
 @pytest.mark.gpu

@@ -376,7 +376,7 @@ def interpreted_gemm() -> None:
         (3, 129, 300, few._replace(block_n=128, pieces=4)),  # some have none
         (1, 128, 1024, Rows(16, 1, 1, 96)),
         (1, 130, 2000, Rows(4, 3, 2, 96)),  # 6, 6 and 4 slices, of which a step takes 4 in FP8
-        (1, 65, 1100, Rows(8, 1, 3, 96)),
+        (1, 65, 1100, Rows(8, 1, 4, 96)),
         (1, 33, 200, None),
         (7, 33, 200, None),
         (40, 129, 3000, None),

@@ -13,11 +13,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import attention
+import fused
 import kernel
+import latent
+import many_queries
 import model as model_module
+import one_token
+import routing
 from checkpoint import Checkpoint, load_model, tensor_specs
 from checkpoints import COMMON, KINDS, SMALL, dequantise, hf_config, make_hf, mtp_oracle, oracle
 from config import ModelArgs
+from dummy import fill_dummy
 from fused import quantised_ref
 from kernel import E4M3, Quantised, weight_dequant_ref, weight_quant
 from model import Gate, Linear, RMSNorm, Transformer, rotary_frequencies
@@ -163,7 +170,7 @@ def test_yarn_at_released_sizes(rope):
     wanted, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](hf_config(config), torch.device("cpu"))
     assert attention_factor == 1.0
     args = ModelArgs.from_hf(config)
-    assert torch.allclose(rotary_frequencies(args, torch.device("cpu")), wanted, rtol=1e-6, atol=0)
+    assert torch.allclose(rotary_frequencies(args), wanted, rtol=1e-6, atol=0)
     m = 0.1 * math.log(rope["factor"]) + 1
     softmax_scale = Transformer(replace(args, n_layers=1)).layers[0].attn.softmax_scale
     assert softmax_scale == pytest.approx((96 + 64) ** -0.5 * m * m, rel=1e-12)
@@ -676,6 +683,39 @@ def test_gpu_fp8_products_in_their_places(load, monkeypatch, kind, scale_fmt):
     for name, most in allowed.items():
         assert errors[name], name
         assert all(a < b for found in errors[name] for a, b in zip(found, most, strict=True)), (name, errors[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["16B", "671B"])
+def test_gpu_kernels_that_start_before_others_end(config, monkeypatch):
+    """A step's graph, in which they overlap, gives to the bit what its kernels give one by one."""
+    args = ModelArgs.load(Path(__file__).parents[1] / "configs" / f"config_{config}.json")
+    args = replace(args, n_layers=3, n_dense_layers=1, n_mtp_layers=0, n_routed_experts=64)
+    model, modules = Transformer(args).cuda(), (attention, fused, kernel, latent, many_queries, one_token, routing)
+    fill_dummy(model)
+    launches = [module for module in modules if hasattr(module, "pdl_options")]
+    assert len(launches) > 5
+    with torch.inference_mode():
+        for B in (1, 2, 8, 40):
+            cache = model.new_cache(B, 512).normal_()
+            tokens, start_pos = torch.randint(args.vocab_size, (B, 1)).cuda(), torch.full((B,), 500, device="cuda")
+
+            def run(cache=cache, tokens=tokens, start_pos=start_pos) -> torch.Tensor:
+                return model(tokens, start_pos, cache, kv_len=512)
+
+            with monkeypatch.context() as patch:
+                for module in launches:
+                    patch.setattr(module, "pdl_options", lambda _: {"PDL": False})
+                wanted = run()
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                found = run()
+            for _ in range(20):
+                found.fill_(torch.nan)
+                graph.replay()
+                graph.replay()
+                assert torch.equal(found, wanted), B
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ def check_scores(device: str, M: int, E: int, D: int, dtype: torch.dtype, exact_
     with poisoned():
         found = gate_scores(x, weight)
     assert found.dtype == torch.float32 and not counters(found.device).any()
+    found = found.sum(0)
     wanted = x.double() @ weight.double().T
     terms = x.double().abs() @ weight.double().abs().T
     # fp32's own rounding; where w = hi + lo in bf16 the 2^-17 that is left of w, or the bits that tensor cores drop.
@@ -64,8 +65,8 @@ def check_choice(logits: torch.Tensor, bias: torch.Tensor | None, options: dict,
     As the reference, but that two experts whose scores are as good as equal may be taken for each other: exponentials
     differ in their last bit between devices.
     """
-    K, E, sigmoid = options["top_k"], logits.shape[1], options["score_func"] == "sigmoid"
-    _, wanted = route_ref(logits, bias, **options)
+    K, sigmoid = options["top_k"], options["score_func"] == "sigmoid"
+    _, wanted = route_ref(logits[None], bias, **options)
     weights, indices = weights.cpu(), indices.cpu()
     assert indices.dtype == torch.int32 and weights.dtype == torch.float32 and indices.shape == wanted.shape
     assert (indices == wanted).all(1).float().mean() >= 0.99
@@ -78,18 +79,20 @@ def check_choice(logits: torch.Tensor, bias: torch.Tensor | None, options: dict,
     if sigmoid:
         wanted_weights /= wanted_weights.sum(1, keepdim=True) / options["route_scale"]
     assert torch.allclose(weights[:, :K], wanted_weights, rtol=1e-5, atol=1e-9)
-    assert (indices[:, K:] == E + torch.arange(options["n_shared"])).all() and (weights[:, K:] == 1).all()
+    assert (indices[:, K:] == torch.arange(-options["n_shared"], 0)).all() and (weights[:, K:] == 1).all()
 
 
 def check_route(device: str, M: int, case: str) -> None:
     E, options = CASES[case]
     logits = random(M, E) * 2
     bias = random(E, seed=1) / 10 - 1.5 if options["score_func"] == "sigmoid" else None  # below 0, as scores are not
-    inputs = logits.to(device), None if bias is None else bias.to(device)
+    slices = torch.stack([logits - logits.round(), logits.round(), torch.zeros_like(logits)])  # exact, in any order
+    inputs = slices.to(device), None if bias is None else bias.to(device)
     with poisoned():
         check_choice(logits, bias, options, *route(*inputs, **options))
-    for block in (1, 16):
-        sorting = {"first": E // 4, "n_local": E // 2 + 1, "block": block}
+    n_shared = options["n_shared"]
+    for block, (first, n_local) in itertools.product((1, 16), ((E // 4, E // 2 + 1), (-n_shared, E + n_shared))):
+        sorting = {"first": first, "n_local": n_local, "block": block}
         with poisoned():
             weights, indices, routing = route_and_sort(*inputs, **sorting, **options)
         check_choice(logits, bias, options, weights, indices)
@@ -99,8 +102,8 @@ def check_route(device: str, M: int, case: str) -> None:
     # Whole numbers, so that equal scores are equal everywhere and ties are many.
     for tied in (random(M, E, seed=2).round(), torch.zeros(M, E)):
         even = None if bias is None else torch.full_like(bias, 0.25)
-        found = route(tied.to(device), None if even is None else even.to(device), **options)[1]
-        assert torch.equal(found.cpu(), route_ref(tied, even, **options)[1]), case
+        found = route(tied[None].to(device), None if even is None else even.to(device), **options)[1]
+        assert torch.equal(found.cpu(), route_ref(tied[None], even, **options)[1]), case
 
 
 def assert_same(found: Routing, wanted: Routing) -> None:
@@ -117,12 +120,13 @@ def pairs_of(M: int, K: int, E: int) -> dict[str, torch.Tensor]:
         "one expert has most": torch.where(torch.rand(M, K, generator=generator) < 0.9, E // 2, random_choice),
         "all to one": torch.full((M, K), E - 1),
         "first or last": torch.where(random_choice % 2 == 0, 0, E - 1),
+        "some to shared experts": torch.where(random_choice % 3 == 0, -1 - random_choice % 2, random_choice),
     }
 
 
 def check_sort(device: str, M: int, K: int, E: int, blocks: tuple[int, ...]) -> None:
     for (name, pairs), block in itertools.product(pairs_of(M, K, E).items(), blocks):
-        for first, n_local in ((0, E), (E // 4, E // 2), (E - 1, 1)):
+        for first, n_local in ((0, E), (-2, E + 2), (E // 4, E // 2), (E - 1, 1)):
             with poisoned():
                 found = sort_pairs(pairs.int().to(device), first, n_local, block)
             try:
@@ -150,7 +154,7 @@ def test_choice_token_by_token(case):
     # A bias below -1: what is dropped must come after what is below 0.
     biases = [random(E, seed=1) / 10, random(E, seed=1) / 10 - 1.5] if sigmoid else [None]
     for logits, bias in itertools.product(every_logits, biases):
-        weights, indices = route(logits, bias, **options)
+        weights, indices = route(logits[None], bias, **options)
         for row, found_weights, found in zip(logits, weights.tolist(), indices.tolist(), strict=True):
             scores = (row.sigmoid() if sigmoid else row.softmax(0)).tolist()
             choice = (torch.tensor(scores) + bias).tolist() if sigmoid else scores
@@ -160,7 +164,7 @@ def test_choice_token_by_token(case):
             kept = sorted(range(G), key=lambda g: -group_score[g])[: options["n_limited_groups"]]
             allowed = sorted(e for g in kept for e in members[g])
             wanted = sorted(allowed, key=lambda e: -choice[e])[:K]
-            assert found == wanted + [E + j for j in range(options["n_shared"])]
+            assert found == wanted + list(range(-options["n_shared"], 0))
             total = sum(scores[e] for e in wanted) if sigmoid else 1
             wanted_weights = [scores[e] / total * options["route_scale"] for e in wanted]
             assert found_weights == pytest.approx(wanted_weights + [1] * options["n_shared"], rel=1e-5)
@@ -186,11 +190,11 @@ def test_tiles_hold_every_pair_once(M, K, E):
 
 
 def test_route_and_sort():
-    logits, bias = random(6, 32), random(32, seed=1)
-    weights, indices, routing = route_and_sort(logits, bias, first=0, n_local=33, block=16, **TINY)
+    logits, bias = random(2, 6, 32), random(32, seed=1)
+    weights, indices, routing = route_and_sort(logits, bias, first=-1, n_local=33, block=16, **TINY)
     wanted = route_ref(logits, bias, **TINY)
     assert torch.equal(weights, wanted[0]) and torch.equal(indices, wanted[1])
-    assert_same(routing, sort_pairs_ref(indices, 0, 33, 16))
+    assert_same(routing, sort_pairs_ref(indices, -1, 33, 16))
 
 
 # --- the kernels through Triton's interpreter -------------------------------------------------------------------------
@@ -256,12 +260,12 @@ def test_gpu_sort_again_and_again():
     """Counters left as they were found, and the same order every time."""
     pairs = pairs_of(8192, 9, 257)["random"].int()
     wanted = sort_pairs_ref(pairs, 0, 257, 128)
-    logits, bias = random(7, 256), random(256, seed=1)
-    first = route_and_sort(logits.cuda(), bias.cuda(), first=0, n_local=257, block=16, **V3)
+    logits, bias = random(1, 7, 256), random(256, seed=1)
+    first = route_and_sort(logits.cuda(), bias.cuda(), first=-1, n_local=257, block=16, **V3)
     pairs = pairs.cuda()
     for _ in range(50):
         assert_same(sort_pairs(pairs, 0, 257, 128), wanted)
-        again = route_and_sort(logits.cuda(), bias.cuda(), first=0, n_local=257, block=16, **V3)
+        again = route_and_sort(logits.cuda(), bias.cuda(), first=-1, n_local=257, block=16, **V3)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
         assert all(torch.equal(x, y) for x, y in zip(again[2], first[2], strict=True))
 

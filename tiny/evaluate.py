@@ -90,8 +90,7 @@ def expert_loads(llm: LLM, conversations: list[list[Message]]) -> dict[str, list
             loads[name.removesuffix(".ffn.gate")] = load = torch.zeros_like(module.bias, dtype=torch.int64)
 
             def count(gate: Gate, inputs: tuple, outputs: tuple, load: torch.Tensor = load) -> None:
-                counts = outputs[1].flatten().bincount(minlength=load.shape[0])
-                load += counts[: load.shape[0]]  # behind the routed experts come the shared ones
+                load += outputs[1][outputs[1] >= 0].bincount(minlength=load.shape[0])  # below 0: the shared ones
 
             hooks.append(module.register_forward_hook(count))
     for messages in tqdm(conversations, desc="experts"):

@@ -107,8 +107,7 @@ class Balancer:
     @staticmethod
     def _counter(load: torch.Tensor) -> Callable[..., None]:
         def count(gate: Gate, inputs: tuple, outputs: tuple[torch.Tensor, ...]) -> None:
-            counts = outputs[1].flatten().bincount(minlength=load.shape[0])
-            load.add_(counts[: load.shape[0]])  # behind the routed experts come the shared ones
+            load.add_(outputs[1][outputs[1] >= 0].bincount(minlength=load.shape[0]))  # below 0: the shared ones
 
         return count
 
