@@ -52,9 +52,11 @@ def pdl_options(device: torch.device) -> dict[str, Any]:
     under a profiler, to which their times would seem to overlap.
 
     Products let the next kernel start (gdc_launch_dependents) at once. The small kernels do so only after their own
-    wait, but for those of routing: where each lets in the next at once, programs of several coming kernels fill the
-    multiprocessors unevenly. When routing has begun, the gate is past its wait, and what it waited for, the experts'
-    input, is there: so shared experts begin while tokens are routed.
+    wait, but for latents_kernel without a query latent, and for routing where experts are wide: where each lets in the
+    next at once, programs of several coming kernels fill the multiprocessors unevenly.
+
+    What a kernel waited for before it let in the next is there for that one without a wait. The gate lets in routing
+    once the experts' input is complete; so shared experts, which need nothing else, begin while tokens are routed.
     """
     if on_hopper(device) and not torch.autograd._profiler_enabled():
         return {"PDL": True, "launch_pdl": True}

@@ -245,7 +245,9 @@ def gemm_kernel(
     bf16. "wide": neither in e4m3. HALVES = 2: w is [2, N, K] and y = silu(x w[0]^T) * (x w[1]^T); QUANTISE writes it in
     e4m3 with its scales, a tile being one group. TOP_K > 0: w is stacked per expert and a tile has one expert's
     (token, choice) pairs, order[start:stop]. Rows of x and y stand in that order; but with GATHER x has a row a token,
-    and with SCATTER y a row a pair, which is multiplied by the pair's weight.
+    and with SCATTER y a row a pair, which is multiplied by the pair's weight. The first SHARED experts have all tokens:
+    their tiles, the first, are known before the routing is, and wait for it only with their results, which may take
+    memory that it still reads.
 
     Few tokens: bound by reading w, once. So K is split until every multiprocessor has several programs with loads in
     flight, and w is the left operand (SWAP), whose tile is never padded, while the tokens fill 16 columns. The program
@@ -280,11 +282,9 @@ def gemm_kernel(
     expert = 0
     first_row = m_tile * BLOCK_M
     if TOP_K > 0:
-        # Tiles of shared experts, which come first, have all tokens in order. They are known before the routing is, and
-        # so wait for it only with their results, which may take memory that it still reads.
         per_expert = tl.cdiv(M, BLOCK_M)
-        common = m_tile < SHARED * per_expert
-        if common:
+        shared = m_tile < SHARED * per_expert
+        if shared:
             expert = m_tile // per_expert
             first_row = expert * M + m_tile % per_expert * BLOCK_M
             last_row = (expert + 1) * M
@@ -298,10 +298,10 @@ def gemm_kernel(
             return
         place = first_row + slots
         live = place < last_row
-        pair = tl.load(order_ptr + place, mask=live & ~common, other=0)
+        pair = tl.load(order_ptr + place, mask=live & ~shared, other=0)
         x_row = place
         if GATHER:
-            x_row = tl.where(common, place - expert * M, pair // TOP_K)
+            x_row = tl.where(shared, place - expert * M, pair // TOP_K)
         y_row = pair if SCATTER else place
     else:
         y_row = first_row + slots

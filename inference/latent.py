@@ -415,19 +415,13 @@ def expand_value_kernel(
 
     The tensor cores take 16 rows or more, and decoding has fewer tokens: the splits of attention's keys are rows too,
     and their products, not they, are merged (merge_ref), without a launch of its own. On an H200 7 us for V3's 16.8 MB
-    and a token of 17 splits, 56 % of the bandwidth. With BLOCK_C >= C the weights are loaded before the wait, else
-    prefetched.
+    and a token of 17 splits, 56 % of the bandwidth.
     """
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    c = tl.arange(0, BLOCK_C)
-    w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
-    if BLOCK_C >= C:
-        w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
-    elif PDL:
+    if PDL:
         row = h.to(tl.int64) * head_stride + tl.minimum(v, V - 1)[:, None] * row_stride
         prefetch(w_ptr + row + tl.minimum(tl.arange(0, LINES) * 64, C - 1)[None, :])
-    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, TOKENS * SPLITS)
@@ -437,15 +431,12 @@ def expand_value_kernel(
     if SPLITS > 1:
         lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
     acc = tl.zeros((TOKENS * SPLITS, BLOCK_V), dtype=tl.float32)
-    o_ptrs = o_ptr + at[:, None] * C + c[None, :]
-    if BLOCK_C >= C:
-        o = tl.load(o_ptrs, mask=there[:, None] & (c < C)[None, :], other=0.0)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        o = tl.load(o_ptr + at[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+        w_ptrs = w_ptr + h.to(tl.int64) * head_stride + v[None, :] * row_stride + c[:, None]
+        w = tl.load(w_ptrs, mask=(v < V)[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(o, w, acc, input_precision=PRECISION)
-    else:
-        for c0 in range(0, C, BLOCK_C):
-            o = tl.load(o_ptrs + c0, mask=there[:, None] & (c < C - c0)[None, :], other=0.0)
-            w = tl.load(w_ptrs + c0, mask=(v < V)[None, :] & (c < C - c0)[:, None], other=0.0)
-            acc = tl.dot(o, w, acc, input_precision=PRECISION)
     if SPLITS > 1:  # only now: the loads above wait for nothing
         lse = tl.reshape(lse, (TOKENS, SPLITS))
         most = tl.max(lse, 1)  # -inf past the last token
@@ -486,15 +477,12 @@ def expand_value(
         block_v = 32
     tokens = max(block_m // slots, 1)
     num_stages = (4 if on_hopper(parts.device) else 3) - (tokens * slots > 64)  # what shared memory holds
-    block_c, num_warps = 32 if fp32 else 128, 4
-    if quantise and not fp32 and tokens == 1 and slots <= 32 and 128 <= C <= 512 and on_hopper(parts.device):
-        block_c, num_warps = triton.next_power_of_2(C), 8  # one rank of 8 takes 11 us less for 11 layers, V3-8L 2
     out, values, scale = outputs(parts, (M, H * V), quantise, keep)
     expand_value_kernel[(H, cdiv(V, block_v), cdiv(M, tokens))](
         parts.contiguous(), lse, w_uv, out, values, scale, M, S, splits, w_uv.stride(0), w_uv.stride(1), H, V, C,
         out is not None, quantise, scale_fmt == UE8M0, "ieee" if fp32 else "tf32", tokens, slots, block_v,
-        block_c, triton.next_power_of_2(cdiv(C, 64)),
-        num_warps=num_warps, num_stages=num_stages, **pdl_options(parts.device),
+        32 if fp32 else 128, triton.next_power_of_2(cdiv(C, 64)),
+        num_warps=4, num_stages=num_stages, **pdl_options(parts.device),
         enable_fp_fusion=False,  # threads that hold copies of a merged sum must agree on its last bit
     )  # fmt: skip
     return result(out, values, scale)

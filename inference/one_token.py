@@ -185,7 +185,7 @@ def choose_rows(tiles: int, K: int, gated: bool, fp8: bool) -> Rows:
         return Rows(8, 1, 2, 96)
     if fp8:
         return Rows(16, 1, 1, 96) if tiles >= 100 else Rows(8, 2, 1, 64)
-    return Rows(4, 1, 4, 96) if gated else Rows(8, cdiv(K, 8192), 4, 96)
+    return Rows(4, 1, 4, 96) if gated else Rows(4 if tiles > 100 else 8, cdiv(K, 8192), 4, 96)
 
 
 def launch_one_token(

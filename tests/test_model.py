@@ -176,6 +176,18 @@ def test_yarn_at_released_sizes(rope):
     assert softmax_scale == pytest.approx((96 + 64) ** -0.5 * m * m, rel=1e-12)
 
 
+def test_rotation_follows_each_rows_positions(v3):
+    """Against cos and sin of each position's angle; padding may lie past all positions that count."""
+    angle = rotary_frequencies(v3.args)
+    for start_pos, S, kv_len in ((torch.tensor([0, 6]), 5, 7), (torch.tensor([3, 40]), 1, 41), (63, 1, 64)):
+        step = v3.step((2, S), start_pos, kv_len=kv_len)
+        for position, found in zip(step.positions.flatten().tolist(), step.rotation, strict=True):
+            if position < kv_len:
+                assert torch.equal(found, torch.stack([(position * angle).cos(), (position * angle).sin()], dim=-1))
+        wanted = torch.as_tensor(start_pos).expand(2)[:, None] + torch.arange(S)
+        assert torch.equal(step.positions, wanted)
+
+
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
