@@ -22,9 +22,9 @@ from kernel import E4M3, W8A16, Quantised, fp8_gemm, launch_gemm, linear, on_gpu
 from routing import Routing
 
 FEW = 64  # tokens up to which a product is bound by reading the weights
-# Inner width from which shared experts begin while tokens are routed: a rank's slices of 256 would fill the GPU once,
-# and unevenly while the gate's programs are there, which costs one rank of 8 30 us of 690 (11 layers).
-WIDE = 512
+# Inner width from which shared experts begin while tokens are routed: it pays for 1,408 and 2,048, but a rank's slices
+# of 256 fill the GPU once, unevenly while the gate's programs are there, which costs one rank of 8 30 us of 690.
+WIDE = 1024
 
 
 def gate_and_up(
