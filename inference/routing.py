@@ -302,11 +302,13 @@ def launch_route(
     return weights, indices
 
 
-def route(logits: torch.Tensor, bias: torch.Tensor | None, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """See route_ref, whose options it takes."""
+def route(
+    logits: torch.Tensor, bias: torch.Tensor | None, early: bool = False, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See route_ref, whose options it takes; for `early`, route_and_sort."""
     if not on_gpu(logits):
         return route_ref(logits, bias, **options)
-    return launch_route(logits.contiguous(), bias, **options)
+    return launch_route(logits.contiguous(), bias, early, **options)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -499,11 +501,8 @@ def route_and_sort(
     `route`, then `sort_pairs`: weights, indices, Routing. For one token, a tile a pair, in one launch. early: the
     kernel that follows may start at once, for what does not depend on the routing (see gpu.py).
     """
-    if not on_gpu(logits):
-        weights, indices = route_ref(logits, bias, **options)
-        return weights, indices, sort_pairs_ref(indices, first, n_local, block)
-    logits, routing = logits.contiguous(), None
-    if logits.shape[1] == 1 == block:
+    if on_gpu(logits) and logits.shape[1] == 1 == block:
         routing = empty_routing(options["top_k"] + options.get("n_shared", 0), n_local, block, logits.device)
-    weights, indices = launch_route(logits, bias, early, routing, first, n_local, **options)
-    return weights, indices, routing or sort_pairs(indices, first, n_local, block, early)
+        return *launch_route(logits.contiguous(), bias, early, routing, first, n_local, **options), routing
+    weights, indices = route(logits, bias, early, **options)
+    return weights, indices, sort_pairs(indices, first, n_local, block, early)
