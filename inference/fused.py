@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from config import BLOCK_SIZE
-from gpu import cdiv, counters, pdl_options
+from gpu import cdiv, counters, multiprocessors, pdl_options, places
 from kernel import E4M3, UE8M0, Quantised, act_quant_ref, on_gpu
 from kernel_parts import quantise_groups
 
@@ -88,42 +88,91 @@ def add_rms_norm_ref(
     return x, quantised_ref(h, scale_fmt, keep) if quantise else h
 
 
+# A place where one program leaves a number for another holds EMPTY, all bits set, before and, once it is read, after.
+# No number that was rounded is EMPTY, as a NaN so made has other bits: its coming is all that a reader waits for.
+EMPTY = -1
+_EMPTY = tl.constexpr(EMPTY)
+
+
 class Ranks(NamedTuple):
     """
-    The ranks that a norm sums its terms over, and what they share: device addresses of each rank's memory, at `offset`
-    of which the rows lie, and of its signals, a word for each token and rank. epochs: sums so far, for each token.
+    The ranks that a norm sums its terms over. buffers: the address of each one's memory, at `offset` of which it takes
+    what others leave for it. two_shot: each token's sum is made by one rank for all, not by each for itself.
     """
 
     rank: int = 0
     world_size: int = 1
-    buffers: int = 0
-    signals: int = 0
+    buffers: tuple[int, ...] = (0,)
     offset: int = 0
-    epochs: torch.Tensor | None = None
+    two_shot: bool = False
 
 
 @triton.jit
-def meet(signals_ptr, epoch_ptr, RANK: tl.constexpr, WORLD: tl.constexpr):
-    """
-    What each rank's program stored before is there for all of them after it. A rank writes the number of the meeting
-    into its word at every other, and waits for that number, or one later, in theirs.
-    """
-    ranks = tl.arange(0, WORLD)
-    epoch = tl.load(epoch_ptr) + 1
-    theirs = tl.load(signals_ptr + ranks).to(tl.pointer_type(tl.int32)) + tl.program_id(0) * WORLD + RANK
-    own = tl.load(signals_ptr + RANK).to(tl.pointer_type(tl.int32)) + tl.program_id(0) * WORLD + ranks
-    tl.debug_barrier()
-    tl.atomic_xchg(theirs, epoch + tl.zeros_like(ranks), sem="release", scope="sys")
-    while tl.min(tl.atomic_add(own, tl.zeros_like(ranks), sem="acquire", scope="sys") - epoch, 0) < 0:
-        pass
-    tl.store(epoch_ptr, epoch)
-    tl.debug_barrier()
+def inbox(address, offset, DTYPE: tl.constexpr):
+    """Where others leave numbers of type DTYPE."""
+    BITS: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
+    return tl.multiple_of((address + offset).to(tl.pointer_type(BITS)), 16)
 
 
 @triton.jit
-def shared_row(buffers_ptr, rank, offset, like_ptr):
-    """Where a rank's rows lie."""
-    return tl.multiple_of((tl.load(buffers_ptr + rank) + offset).to(like_ptr.dtype), 16)
+def send(ptrs, x, inside, DTYPE: tl.constexpr):
+    tl.store(ptrs, x.to(DTYPE).to(ptrs.dtype.element_ty, bitcast=True), mask=inside)
+
+
+@triton.jit
+def receive(x, ptrs, stride, inside, N: tl.constexpr, DTYPE: tl.constexpr):
+    """x + the N numbers left at each of `ptrs`, `stride` apart, one after the other; when all are there."""
+    total, waiting = x, 1
+    while waiting > 0:
+        total, absent = x, tl.zeros_like(x).to(tl.int32)
+        for i in tl.static_range(N):
+            found = tl.load(ptrs + i * stride, mask=inside, other=0, volatile=True)
+            absent |= (found == _EMPTY).to(tl.int32)
+            total += found.to(DTYPE, bitcast=True).to(tl.float32)
+        waiting = tl.max(absent)
+    tl.debug_barrier()  # threads that read the same number have it
+    for i in tl.static_range(N):
+        tl.store(ptrs + i * stride, _EMPTY, mask=inside)
+    return total
+
+
+@triton.jit
+def sum_over_ranks(
+    x, terms, buffers, offset, m, M, cols, D: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr,
+    WORLD: tl.constexpr, TWO_SHOT: tl.constexpr,
+):  # fmt: skip
+    """
+    x + the sum of the ranks' `terms` of token m, each rounded to DTYPE, in the ranks' order. In one shot every rank
+    leaves its terms with all. In two the tokens are dealt out: a rank leaves its terms with the token's own, which
+    leaves the sum with all.
+    """
+    inside = cols < D
+    own = inbox(buffers[RANK], offset, DTYPE)
+    if not TWO_SHOT:
+        for i in tl.static_range(WORLD):
+            send(inbox(buffers[i], offset, DTYPE) + (RANK * M + m) * D + cols, terms, inside, DTYPE)
+        return receive(x, own + m * D + cols, M * D, inside, WORLD, DTYPE)
+    dealt = tl.cdiv(M, WORLD)
+    address = buffers[0]
+    for i in tl.static_range(1, WORLD):
+        address = tl.where(m % WORLD == i, buffers[i], address)
+    send(inbox(address, offset, DTYPE) + (RANK * dealt + m // WORLD) * D + cols, terms, inside, DTYPE)
+    sums_at = (WORLD * dealt + m) * D
+    if m % WORLD == RANK:
+        total = receive(x, own + (m // WORLD) * D + cols, dealt * D, inside, WORLD, DTYPE)
+        for i in tl.static_range(WORLD):
+            send(inbox(buffers[i], offset, DTYPE) + sums_at + cols, total, inside, DTYPE)
+    return receive(tl.zeros_like(x), own + sums_at + cols, 0, inside, 1, DTYPE)
+
+
+@triton.jit
+def sum_over_parts(x, places_ptr, m, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """The sum of the numbers x of the PARTS programs of token m, in their order, to each of them."""
+    part, others = tl.program_id(1), tl.arange(0, PADDED)
+    there = others < PARTS
+    ptrs = places_ptr + m * PARTS * PARTS + others
+    send(ptrs + others * (PARTS - 1) + part, tl.zeros((PADDED,), tl.float32) + x, there, tl.float32)
+    return tl.sum(receive(tl.zeros((PADDED,), tl.float32), ptrs + part * PARTS, 0, there, 1, tl.float32))
 
 
 @triton.jit
@@ -135,19 +184,19 @@ def add_terms(total, delta_ptr, m, cols, D: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, sum_ptr, h_ptr, values_ptr, scale_ptr, buffers, signals, offset, epochs_ptr, M, eps,
+    x_ptr, delta_ptr, weight_ptr, sum_ptr, h_ptr, values_ptr, scale_ptr, places_ptr, buffers, offset, M, eps,
     D: tl.constexpr, TERMS: tl.constexpr, KEEP: tl.constexpr, QUANTISE: tl.constexpr, UE8M0: tl.constexpr,
-    RANK: tl.constexpr, WORLD: tl.constexpr, GROUPS: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, TWO_SHOT: tl.constexpr, GROUPS: tl.constexpr, OWN: tl.constexpr,
+    PARTS: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    One program: OWN groups of 128 of one token's GROUPS; all of them for the mean, which is cheaper than to wait for
-    others. 2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written: at 83 % of an H200's bandwidth for
-    8,192 tokens and 9 terms. For one token of 7,168 channels latency: 2 us, with 9 terms 4.4.
+    One program: OWN groups of 128 of one token's GROUPS, of which it is one of PARTS. For the mean it reads all of
+    them, which is cheaper than to wait for the others; but not where it waits for other ranks anyway.
 
-    With WORLD ranks each stores the sum of its own terms, and adds those of all in the ranks' order.
+    2 bytes an element read for x and each term, 2 + 1 or 2 + 2 written: at 83 % of an H200's bandwidth for 8,192 tokens
+    and 9 terms. For one token latency.
     """
     m = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, GROUPS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     groups = tl.program_id(1) * OWN + tl.arange(0, OWN)
     own_cols = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     weight = tl.load(weight_ptr + own_cols, mask=own_cols < D, other=0.0).to(tl.float32)
@@ -155,37 +204,43 @@ def add_rms_norm_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + m * D + cols, mask=cols < D, other=0.0).to(tl.float32)
     if WORLD > 1:
-        buffers_ptr = buffers.to(tl.pointer_type(tl.uint64))
-        own_ptr = shared_row(buffers_ptr, RANK, offset, x_ptr)
-        own_sum = add_terms(tl.zeros_like(x), delta_ptr, m, cols, D, TERMS)
-        tl.store(own_ptr + m * D + cols, own_sum.to(dtype), mask=cols < D)
-        meet(signals.to(tl.pointer_type(tl.uint64)), epochs_ptr + m, RANK, WORLD)
-        for rank in tl.static_range(WORLD):
-            peer_ptr = shared_row(buffers_ptr, rank, offset, x_ptr)
-            x += tl.load(peer_ptr + m * D + cols, mask=cols < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-        x = x.to(dtype).to(tl.float32)
-    else:
-        x = add_terms(x, delta_ptr, m, cols, D, TERMS).to(dtype).to(tl.float32)
-    own = x
-    if OWN < GROUPS:
         own = tl.load(x_ptr + m * D + own_cols, mask=own_cols < D, other=0.0).to(tl.float32)
-        own = add_terms(own, delta_ptr, m, own_cols, D, TERMS).to(dtype).to(tl.float32)
+        terms = add_terms(tl.zeros_like(own), delta_ptr, m, own_cols, D, TERMS)
+        own = sum_over_ranks(own, terms, buffers, offset, m, M, own_cols, D, dtype, RANK, WORLD, TWO_SHOT)
+        own = own.to(dtype).to(tl.float32)
+        x = own
+    else:
+        cols = tl.arange(0, GROUPS)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+        x = tl.load(x_ptr + m * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+        x = add_terms(x, delta_ptr, m, cols, D, TERMS).to(dtype).to(tl.float32)
+        own = x
+        if OWN < GROUPS:
+            own = tl.load(x_ptr + m * D + own_cols, mask=own_cols < D, other=0.0).to(tl.float32)
+            own = add_terms(own, delta_ptr, m, own_cols, D, TERMS).to(dtype).to(tl.float32)
     if TERMS > 0:
         tl.store(sum_ptr + m * D + own_cols, own.to(dtype), mask=own_cols < D)
+    square = tl.sum(x * x)
+    if WORLD > 1 and PARTS > 1:
+        square = sum_over_parts(square, places_ptr, m, PARTS, PADDED)
     store_normed(
-        own, tl.sum(x * x) / D, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, own_cols, D, dtype, KEEP,
-        QUANTISE, UE8M0,
+        own, square / D, weight, h_ptr, values_ptr, scale_ptr, m, M, eps, groups, own_cols, D, dtype, KEEP, QUANTISE,
+        UE8M0,
     )  # fmt: skip
 
 
-def own_groups(M: int, groups: int, quantise: bool) -> int:
+def own_groups(M: int, groups: int, quantise: bool, slots: int | None = None) -> int:
     """
-    How many of a token's `groups` a program normalises: of few tokens an eighth, where they are quantised, which alone
-    keeps a multiprocessor busy for a microsecond or two.
+    How many of a token's `groups` a program normalises, both powers of two: of few tokens an eighth, where they are
+    quantised, which alone keeps a multiprocessor busy for a microsecond or two.
+
+    `slots`, where the sum is over ranks: how many programs surely run at a time, as they wait for each other.
     """
-    return max(groups // min(8, max(32 // M, 1)), 1) if quantise else groups
+    if slots is not None:
+        parts = min(groups // 4, slots // M) if groups > 16 else 1
+    else:
+        parts = min(8, 32 // M) if quantise else 1
+    return triton.next_power_of_2(cdiv(groups, max(parts, 1)))
 
 
 def add_rms_norm(
@@ -195,8 +250,8 @@ def add_rms_norm(
     """
     See add_rms_norm_ref. Without a delta x' is x itself, not a copy. With `ranks` the sum is over all ranks' terms.
 
-    Two sums in a row take different memory: a rank that has met the others in the second knows that all have read the
-    first, whose memory the third takes.
+    Two sums over ranks in a row take different memory: one that has the others' terms of the second knows that all
+    have read the first's, whose memory the third takes.
     """
     if not on_gpu(x):
         return add_rms_norm_ref(x, delta, weight, eps, quantise, scale_fmt, keep)
@@ -208,13 +263,18 @@ def add_rms_norm(
         terms = delta.numel() // x.numel()
     h, values, scale = outputs(x, (M, D), quantise, keep)
     ranks = ranks or Ranks()
-    groups = triton.next_power_of_2(cdiv(D, BLOCK_SIZE))
-    own = own_groups(M, groups, quantise and ranks.world_size == 1)
-    num_warps = min(max(groups // (4 if own < groups or 16 < M <= 256 else 2), 1), 32)  # 16 or 8 elements a thread
-    add_rms_norm_kernel[(M, cdiv(cdiv(D, BLOCK_SIZE), own))](
-        x, delta, weight, total, h, values, scale, ranks.buffers, ranks.signals, ranks.offset, ranks.epochs,
-        M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0, ranks.rank, ranks.world_size, groups, own,
-        num_warps=num_warps, **pdl_options(x.device),
+    groups, alone = triton.next_power_of_2(cdiv(D, BLOCK_SIZE)), ranks.world_size == 1
+    own = own_groups(M, groups, quantise, None if alone else multiprocessors(x.device))
+    parts = cdiv(cdiv(D, BLOCK_SIZE), own)
+    wide = groups if alone else own
+    num_warps = min(max(wide // (4 if alone and (own < groups or 16 < M <= 256) else 2), 1), 32)  # 16 or 8 numbers each
+    # Allowed more registers than it needs, it loads all terms before it adds the first.
+    maxnreg = min(2048 // num_warps, 128 if M <= 8 else 64) if M <= 128 else None
+    add_rms_norm_kernel[(M, parts)](
+        x, delta, weight, total, h, values, scale, places(x.device), ranks.buffers, ranks.offset,
+        M, eps, D, terms, h is not None, quantise, scale_fmt == UE8M0, ranks.rank, ranks.world_size, ranks.two_shot,
+        groups, own, parts, triton.next_power_of_2(parts), num_warps=num_warps, maxnreg=maxnreg,
+        **pdl_options(x.device),
     )  # fmt: skip
     return total, result(h, values, scale)
 
@@ -238,14 +298,13 @@ def sum_terms_kernel(terms_ptr, out_ptr, D, TERMS: tl.constexpr, BLOCK: tl.const
     tl.store(out_ptr + m * D + col, total.to(out_ptr.dtype.element_ty), mask=col < D)
 
 
-def sum_terms(terms: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See sum_terms_ref; `out`: contiguous memory for the sum."""
+def sum_terms(terms: torch.Tensor) -> torch.Tensor:
+    """See sum_terms_ref."""
     if not on_gpu(terms):
-        total = sum_terms_ref(terms)
-        return total if out is None else out.copy_(total)
+        return sum_terms_ref(terms)
     terms = terms.contiguous()
     M, P, D = terms.shape
-    out = terms.new_empty(M, D) if out is None else out
+    out = terms.new_empty(M, D)
     sum_terms_kernel[(M, cdiv(D, 1024))](terms, out, D, P, 1024, num_warps=4, **pdl_options(terms.device))
     return out
 

@@ -22,6 +22,12 @@ def counters(device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache
+def places(device: torch.device) -> torch.Tensor:
+    """[65536] int32, all EMPTY between kernels: where programs leave numbers for each other (fused.py)."""
+    return torch.full((65536,), -1, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability: (8, 0) for an A100, (9, 0) for an H100 or H200. (0, 0) for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

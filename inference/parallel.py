@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from errors import InputError
-from fused import Ranks, add_rms_norm, sum_terms
+from fused import EMPTY, Ranks, add_rms_norm, sum_terms
+from gpu import cdiv
 from kernel import Quantised, on_gpu
 
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.
@@ -25,6 +26,7 @@ IDLE_TIMEOUT = timedelta(days=365)
 # 1 token 7 us (NCCL 23), 64 tokens 12 us (29), 512 tokens 44 us (69), 4,096 tokens 294 us (310).
 ONE_SHOT_BYTES = 128 << 10
 TWO_SHOT_BYTES = 16 << 20
+INBOX_BYTES = 2 * TWO_SHOT_BYTES  # of a norm's sum: a rank's share of all ranks' terms, and then the sums of all tokens
 
 
 class SymmetricMemory:
@@ -42,9 +44,10 @@ class SymmetricMemory:
         self.group_name = group.group_name
         self.buffer = symm_mem.empty(TWO_SHOT_BYTES, dtype=torch.uint8, device=device)
         symm_mem.rendezvous(self.buffer, group)
-        self.rows = symm_mem.empty(2 * ONE_SHOT_BYTES, dtype=torch.uint8, device=device)  # two sums in turn
-        self.handle = symm_mem.rendezvous(self.rows, group)
-        self.epochs = torch.zeros(self.handle.signal_pad_size // 4, dtype=torch.int32, device=device)
+        self.inboxes = symm_mem.empty(2 * INBOX_BYTES, dtype=torch.uint8, device=device)  # two sums in turn
+        self.inboxes.view(torch.int32).fill_(EMPTY)
+        torch.cuda.synchronize(device)  # the ranks meet in the next line
+        self.handle = symm_mem.rendezvous(self.inboxes, group)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether `x` is small enough and laid out for it: the same answer on every rank, as nothing else counts."""
@@ -55,18 +58,16 @@ class SymmetricMemory:
     def ranks(self, x: torch.Tensor, half: int) -> Ranks | None:
         """Where a norm can sum its terms, of the shape of x [M, D], over the ranks; None if they are too many."""
         rank, world_size = self.handle.rank, self.handle.world_size
-        if x.nbytes > ONE_SHOT_BYTES or 4 * len(x) * world_size > self.handle.signal_pad_size:
+        two_shot, M = x.nbytes > ONE_SHOT_BYTES, len(x)
+        rows = cdiv(M, world_size) * world_size + M if two_shot else M * world_size
+        if rows * x[0].nbytes > INBOX_BYTES:
             return None
-        addresses = self.handle.buffer_ptrs_dev, self.handle.signal_pad_ptrs_dev
-        return Ranks(rank, world_size, *addresses, half * ONE_SHOT_BYTES, self.epochs)
+        return Ranks(rank, world_size, tuple(self.handle.buffer_ptrs), half * INBOX_BYTES, two_shot)
 
-    def all_reduce(self, x: torch.Tensor, terms: torch.Tensor | None = None) -> None:
-        """Sum of `x` over the ranks, in place; or of the sums of `terms` [M, P, D], into x [M, D]."""
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum of `x` over the ranks, in place."""
         shared = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        if terms is None:
-            shared.copy_(x)
-        else:
-            sum_terms(terms, shared)
+        shared.copy_(x)
         if x.nbytes <= ONE_SHOT_BYTES:
             torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", self.group_name, x)
         else:
@@ -101,13 +102,7 @@ class Parallel:
 
     def sum_terms(self, terms: torch.Tensor) -> torch.Tensor:
         """terms [M, P, D], or [M, D] which it may change -> their sum over P and the ranks, [M, D]."""
-        if terms.dim() == 2:
-            return self.all_reduce(terms)
-        x = torch.empty_like(terms[:, 0])
-        if self.symmetric is None or not self.symmetric.takes(x):
-            return self.all_reduce(sum_terms(terms))
-        self.symmetric.all_reduce(x, terms)
-        return x
+        return self.all_reduce(terms if terms.dim() == 2 else sum_terms(terms))
 
     def add_rms_norm(
         self, x: torch.Tensor, terms: torch.Tensor | None, weight: torch.Tensor, eps: float, half: int, **options

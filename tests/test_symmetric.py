@@ -1,13 +1,16 @@
 """
 Sums through symmetric memory: on GPUs against the ranks' terms added in fp64, by `torchrun test_symmetric.py`; on a
-CPU, when they are used at all.
+CPU those in norms, and when they are used at all.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +20,21 @@ import parallel
 from config import ModelArgs
 from crowded import run_ranks
 from dummy import fill_dummy
-from fused import add_rms_norm
+from fused import EMPTY, Ranks
+from interpreter import interpret, needs_interpreter
+from kernel import Quantised
 from model import Transformer
-from parallel import ONE_SHOT_BYTES, TWO_SHOT_BYTES, Parallel, SymmetricMemory, join_ranks, leave_ranks, share_memory
+from parallel import (
+    INBOX_BYTES,
+    ONE_SHOT_BYTES,
+    TWO_SHOT_BYTES,
+    Parallel,
+    SymmetricMemory,
+    join_ranks,
+    leave_ranks,
+    share_memory,
+)
+from test_fused import assert_near, assert_quantised, norm
 
 ROOT = Path(__file__).parents[1]
 TOKENS = (1, 2, 3, 7, 8, 9, 64, 65, 511, 512, 1170, 1171, 4096)
@@ -47,6 +62,68 @@ def check(ranks: Parallel, found: torch.Tensor, seed: int) -> None:
     assert all(torch.equal(x.view(bits), found.view(bits)) for x in everyone), f"{found.shape=}: ranks differ"
 
 
+@dataclass
+class Norms:
+    """Norms that sum their terms over the ranks, against fp64."""
+
+    ranks: Parallel
+    device: torch.device
+
+    def inputs(self, seed: int, tokens: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """x, and each rank's terms; now and then with the NaN that stands for nothing there yet."""
+        x = part((tokens, dim), dtype, seed, 99, self.device)
+        terms = [part((tokens, 3, dim), dtype, seed, rank, self.device) for rank in range(self.ranks.world_size)]
+        if seed % 10 == 9 and self.device.type == "cuda":  # elsewhere it stays as it is when added to
+            terms[seed % len(terms)].view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[-1, :, 5] = EMPTY
+        return [x, *terms]
+
+    def found(self, x: torch.Tensor, *terms: torch.Tensor, half: int) -> tuple[torch.Tensor, Quantised]:
+        assert self.ranks.symmetric.ranks(x, half) is not None
+        weight = part(x.shape[1:], x.dtype, 7, 0, self.device)
+        return self.ranks.add_rms_norm(x, terms[self.ranks.rank], weight, 1e-6, half, quantise=True)
+
+    def check_found(self, found: tuple[torch.Tensor, Quantised], x: torch.Tensor, *terms: torch.Tensor) -> None:
+        total, case = x.float(), (x.shape, x.dtype)
+        for y in terms:
+            total = total + sum(y.float().unbind(1)).to(x.dtype).float()
+        total = total.to(x.dtype)
+        assert torch.equal(found[0].nan_to_num(7), total.nan_to_num(7)), case
+        (h, values, scale), fine = found[1], total.isfinite().all(1)
+        assert h[~fine].isnan().all()
+        assert_near(h[fine], norm(total[fine], part(x.shape[1:], x.dtype, 7, 0, self.device)), case)
+        values = values.view(torch.uint8)[fine].view(values.dtype)
+        assert_quantised(Quantised(None, values, scale[fine]), h[fine], None, case)
+        if self.device.type == "cuda":
+            everyone = [torch.empty_like(h) for _ in terms]
+            dist.all_gather(everyone, h)
+            assert all(torch.equal(y[fine], h[fine]) for y in everyone), case
+
+    def check(self, tokens: list[int], dtypes: list[torch.dtype], n: int = 200, dims: tuple[int, ...] = (DIM, 200)):
+        """Both halves in turn, and ranks that are late."""
+        done = []
+        for seed in range(n):
+            dtype = dtypes[seed % len(dtypes)]
+            most = TWO_SHOT_BYTES // (DIM * dtype.itemsize) - 8
+            given = self.inputs(seed, min(tokens[seed % len(tokens)], most), dims[seed % 7 == 6], dtype)
+            if seed % 50 == self.ranks.rank and self.device.type == "cuda":
+                torch.cuda._sleep(2_000_000)
+            done.append((self.found(*given, half=seed % 2), *given))
+        for case in done:
+            self.check_found(*case)
+
+    def check_graph(self, tokens: int) -> None:
+        static = self.inputs(0, tokens, DIM, torch.bfloat16)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = [self.found(*static, half=half) for half in (0, 1)]
+        for replay in range(50):
+            for tensor, given in zip(static, self.inputs(replay, tokens, DIM, torch.bfloat16), strict=True):
+                tensor.copy_(given)
+            graph.replay()
+            for found in outputs:
+                self.check_found(found, *static)
+
+
 def rank_main() -> None:
     ranks, device = join_ranks("cuda")
     assert ranks.symmetric is not None, ranks.sums
@@ -67,40 +144,15 @@ def rank_main() -> None:
     assert len(through_nccl) == large + odd, through_nccl
 
     # Of several terms: their sums in fp32, rounded once, are what the ranks add.
-    for seed, tokens in enumerate((1, 9, 512, 1171)):
-        terms = part((tokens, 9, DIM), torch.bfloat16, seed, ranks.rank, device)
-        wanted = ranks.all_reduce(terms.sum(1, dtype=torch.float32).bfloat16())
-        off = (ranks.sum_terms(terms).double() - wanted.double()).abs()
-        assert bool((off <= 2.0**-6 * wanted.abs().clamp(min=1)).all()), off.max()
+    terms = part((9, 9, DIM), torch.bfloat16, 0, ranks.rank, device)
+    wanted = ranks.all_reduce(terms.sum(1, dtype=torch.float32).bfloat16())
+    off = (ranks.sum_terms(terms).double() - wanted.double()).abs()
+    assert bool((off <= 2.0**-6 * wanted.abs().clamp(min=1)).all()), off.max()
 
-    # A norm that sums its terms over the ranks: both halves in turn, late ranks, and in a graph.
-    def terms_of(tokens: int, seed: int, rank: int) -> torch.Tensor:
-        return part((tokens, 3, DIM), torch.bfloat16, seed, rank, device)
-
-    def check_norm(found: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, seed: int) -> None:
-        parts = [sum(terms_of(len(x), seed, rank).float().unbind(1)) for rank in range(ranks.world_size)]
-        total, h = add_rms_norm(x, torch.stack([y.bfloat16() for y in parts], 1), weight, 1e-6)
-        assert torch.equal(found[0], total) and torch.equal(found[1], h), (len(x), seed)
-
-    weight, norms = part((DIM,), torch.bfloat16, 7, 0, device), []
-    for seed in range(200):
-        x = part((1 + seed % 9, DIM), torch.bfloat16, seed, 99, device)
-        if seed % 50 == ranks.rank:
-            torch.cuda._sleep(2_000_000)
-        assert ranks.symmetric.ranks(x, 0) is not None
-        norms.append((ranks.add_rms_norm(x, terms_of(len(x), seed, ranks.rank), weight, 1e-6, seed % 2), x, seed))
-    for found, x, seed in norms:
-        check_norm(found, x, seed)
-    x, terms = torch.zeros(4, DIM, dtype=torch.bfloat16, device=device), terms_of(4, 0, ranks.rank).clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        graphed = [ranks.add_rms_norm(x, terms, weight, 1e-6, half) for half in (0, 1)]
-    for replay in range(50):
-        x.copy_(part(x.shape, x.dtype, replay, 99, device))
-        terms.copy_(terms_of(4, replay, ranks.rank))
-        graph.replay()
-        for found in graphed:
-            check_norm(found, x, replay)
+    norms = Norms(ranks, device)
+    norms.check([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 33, 64, 65, 130, 512, 1170], [torch.bfloat16] * 5 + [torch.float32])
+    norms.check_graph(4)
+    norms.check_graph(64)
 
     # Many in a row, no rank waiting for another in between: a rank that is late reads what it should.
     results = []
@@ -131,6 +183,29 @@ def rank_main() -> None:
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_sums_on_gpus(n):
     assert run_ranks(n, __file__).count("through shared GPU memory") == n
+
+
+# --- the same norms on a CPU, through memory that processes share -----------------------------------------------------
+
+
+def interpreted(folder: str, rank: str, world_size: str) -> None:
+    memory = object.__new__(SymmetricMemory)
+    paths = [f"{folder}/{i}" for i in range(int(world_size))]
+    shared = [torch.from_file(path, True, 2 * INBOX_BYTES, dtype=torch.uint8) for path in paths]
+    memory.handle = SimpleNamespace(rank=int(rank), world_size=len(shared), buffer_ptrs=[x.data_ptr() for x in shared])
+    norms = Norms(Parallel(int(rank), len(shared), symmetric=memory), torch.device("cpu"))
+    norms.check([1, 3, 5, 2, 6], [torch.float32], n=12)  # from 5 on in two shots
+    print("interpreted")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("n", [2, 4])
+def test_norms_over_ranks_in_the_interpreter(n, tmp_path):
+    for rank in range(n):
+        (tmp_path / str(rank)).write_bytes(b"\xff" * 2 * INBOX_BYTES)
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(interpret, __file__, str(tmp_path), str(rank), str(n)) for rank in range(n)]
+    assert all(rank.result() == "interpreted" for rank in ranks)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -220,6 +295,20 @@ def test_a_norm_without_its_kernel_leaves_the_sum_to_the_ranks(monkeypatch, grad
     torch.testing.assert_close(total, x + 3 * terms.sum(1))
 
 
+@pytest.mark.parametrize(
+    "tokens, two_shot", [(1, False), (9, False), (10, True), (64, True), (1160, True), (1171, None), (4096, None)]
+)
+def test_where_norms_leave_their_terms(tokens, two_shot):
+    """Each half apart, in one or two shots by size, and beyond the memory's not at all."""
+    memory = SymmetricMemory.__new__(SymmetricMemory)
+    memory.handle = SimpleNamespace(rank=3, world_size=4, buffer_ptrs=[16, 32, 48, 64])
+    found = [memory.ranks(torch.empty(tokens, DIM, dtype=torch.bfloat16), half) for half in (0, 1)]
+    if two_shot is None:
+        assert found == [None, None]
+    else:
+        assert found == [Ranks(3, 4, (16, 32, 48, 64), offset, two_shot) for offset in (0, INBOX_BYTES)]
+
+
 class Refusing(SymmetricMemory):
     def __init__(self, group, device):
         raise RuntimeError("pidfd_getfd: not permitted\nmore")
@@ -258,6 +347,8 @@ def test_when_it_is_not_used(monkeypatch, world_size, local, peers, refuse, othe
         assert memory is None and line.startswith("sums through NCCL: ") and reason in line and "\n" not in line
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) > 1:
+    interpreted(*sys.argv[1:])
+elif __name__ == "__main__":
     rank_main()
     leave_ranks()
