@@ -432,9 +432,9 @@ def launch_gemm(
     N = w.shape[-2]
     wide = w.dtype != E4M3
     format = "wide" if wide else "w8a16" if x_scale is None else "fp8"
-    alone = tiles is None and M == 1 and block <= 1 and not gathered and format != "w8a16"
+    alone = tiles is None and (block == 1 if routing else M == 1) and not gathered and format != "w8a16"
     if alone and takes_token(N, K, gated, format == "fp8"):
-        options = {"gated": gated, "tile_expert": routing[1] if routing else None, "n_shared": n_shared}
+        options = {"gated": gated, "routing": routing, "top_k": top_k, "n_shared": n_shared}
         launch_one_token(x, x_scale, w, w_scale, y, y_scale, scale_fmt, **options)
         return
     tokens = block if routing else M

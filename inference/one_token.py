@@ -1,6 +1,7 @@
 """
-One token's linears, bound by reading the weights once. Without the tensor cores a warp can ask for 512 bytes of a row
-at a time, which an H200's memory serves at 4.7 TB/s, where a pipeline of tiles 128 bytes wide gets 4.2.
+One token's linears, and experts of few tokens one (token, choice) pair at a time: bound by reading the weights once.
+Without the tensor cores a warp can ask for 512 bytes of a row at a time, which an H200's memory serves at 4.7 TB/s,
+where a pipeline of tiles 128 bytes wide gets 4.2.
 
 Dimension letters: N out features, K in features.
 """
@@ -65,16 +66,17 @@ def add_products(acc, w, w_scale, x, x_scale, FP8: tl.constexpr):
 
 @triton.jit
 def one_token_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, y_ptr, y_scale_ptr, partial_ptr, counter_ptr, tile_expert_ptr, N, K,
-    x_scale_g, y_scale_m, y_scale_g,
-    FP8: tl.constexpr, HALVES: tl.constexpr, STACKED: tl.constexpr, SHARED: tl.constexpr, QUANTISE: tl.constexpr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, y_ptr, y_scale_ptr, partial_ptr, counter_ptr, order_ptr, tile_expert_ptr,
+    M, N, K, x_scale_m, x_scale_g, y_scale_m, y_scale_g,
+    FP8: tl.constexpr, HALVES: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, QUANTISE: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
-    y = x w^T as in gemm_kernel (kernel.py, whose names these are), for one row of x; STACKED: [P, N], with the weights
-    of each pair's expert. A program: ROWS outputs of a TILE, over one of SPLIT parts of K; of each row CHUNKS of 512
-    bytes are on their way at a time. A warp has whole rows and an own copy of x, and so waits for no other.
+    y = x w^T as in gemm_kernel (kernel.py, whose names these are), for one row of x; TOP_K > 0: [P, N], for tiles of
+    one pair, with its token's row of x and its expert's weights. A program: ROWS outputs of a TILE, over one of SPLIT
+    parts of K; of each row CHUNKS of 512 bytes are on their way at a time. A warp has whole rows and an own copy of x,
+    and so waits for no other.
 
     On an H200, in V3's step: the experts' gate and up, 264 MB, 3 to 4 us less than gemm_kernel's 69; reading alone is
     59. Where the weights are known, the first of them are loaded before the wait; the SHARED experts, which come first,
@@ -93,15 +95,17 @@ def one_token_kernel(
     begin = part * per_part * BLOCK
     end = tl.minimum(begin + per_part * BLOCK, K)
 
-    pair = tile // n_tiles
-    expert = pair
+    place = tile // n_tiles
+    expert, token = place // M, place % M
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if STACKED:
-        if pair >= SHARED:
+    if TOP_K > 0:
+        if place >= SHARED * M:
             if PDL:
                 tl.extra.cuda.gdc_wait()
-            expert = tl.load(tile_expert_ptr + pair)
+            expert = tl.load(tile_expert_ptr + place)
+            if M > 1:
+                token = tl.load(order_ptr + place) // TOP_K
         if expert < 0:
             return
     scale_rows = tl.cdiv(N, BLOCK)
@@ -109,11 +113,12 @@ def one_token_kernel(
     up_ptrs = w_ptrs + tl.cast(N, tl.int64) * K
     w_scale_ptrs = w_scale_ptr + (expert * HALVES * scale_rows + n_tile * TILE // BLOCK) * n_slices
     up_scale_ptrs = w_scale_ptrs + scale_rows * n_slices
-    x_ptrs = x_ptr + tl.zeros((WARPS,), tl.int32)
+    x_ptrs = x_ptr + token * K + tl.zeros((WARPS,), tl.int32)
+    x_scale_ptr += token * x_scale_m
 
     acc = tl.zeros((ROWS // WARPS, WARPS, 32), dtype=tl.float32)
     up = acc
-    if not STACKED:  # the weights are known: on their way while the kernels before this one finish
+    if TOP_K == 0:  # the weights are known: on their way while the kernels before this one finish
         w, w_scale = load_rows(w_ptrs, w_scale_ptrs, 1, begin, end, FP8, BLOCK, CHUNKS, True)
         if HALVES == 2:
             w_up, up_scale = load_rows(up_ptrs, up_scale_ptrs, 1, begin, end, FP8, BLOCK, CHUNKS, True)
@@ -161,12 +166,12 @@ def one_token_kernel(
     dtype: tl.constexpr = tl.bfloat16 if QUANTISE else y_ptr.dtype.element_ty
     if HALVES == 2:
         acc = silu_times(acc, up, dtype)
-    y_ptrs = y_ptr + tl.cast(pair, tl.int64) * N + cols
+    y_ptrs = y_ptr + tl.cast(place, tl.int64) * N + cols
     if QUANTISE:
         group = tl.where(cols < N, acc.to(dtype).to(tl.float32), 0.0)[None, :]
         y, y_scale = quantise_groups(group, UE8M0)
         tl.store(y_ptrs[None, :], y.to(y_ptr.dtype.element_ty), mask=(cols < N)[None, :])
-        tl.store(y_scale_ptr + pair * y_scale_m + n_tile * y_scale_g + tl.arange(0, 1), y_scale)
+        tl.store(y_scale_ptr + place * y_scale_m + n_tile * y_scale_g + tl.arange(0, 1), y_scale)
     else:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=cols < N)
 
@@ -198,16 +203,17 @@ def launch_one_token(
     scale_fmt: str | None = None,
     *,
     gated: bool = False,
-    tile_expert: torch.Tensor | None = None,
+    routing: tuple[torch.Tensor, ...] | None = None,
+    top_k: int = 0,
     n_shared: int = 0,
     cut: Rows | None = None,
 ) -> None:
     """
-    Run one_token_kernel: as launch_gemm (kernel.py), for one row of x; not for W8A16. tile_expert [P]: for experts w
-    [E, ...] and y [P, N], the pairs' experts, or -1; the first n_shared are experts 0, 1, ...
+    Run one_token_kernel: as launch_gemm (kernel.py), for one row of x or a routing in tiles of one pair; not for W8A16.
     """
-    K, N = x.shape[1], w.shape[-2]
-    pairs = 1 if tile_expert is None else len(tile_expert)
+    (M, K), N = x.shape, w.shape[-2]
+    order, tile_expert = routing[:2] if routing else (None, None)
+    pairs = len(tile_expert) if routing else 1
     cut = cut or choose_rows(pairs * cdiv(N, BLOCK_SIZE), K, gated, w_scale is not None)
     tile = cut.rows if y_scale is None else BLOCK_SIZE  # what is quantised together
     tiles = pairs * cdiv(N, tile)
@@ -215,9 +221,9 @@ def launch_one_token(
     partial = x.new_empty(0 if alone else tiles * cut.split * (1 + gated) * tile, dtype=torch.float32)
     one_token_kernel[(tiles * tile // cut.rows * cut.split,)](
         x, x if x_scale is None else x_scale, w, w if w_scale is None else w_scale,
-        y, y if y_scale is None else y_scale, partial, counters(x.device), tile_expert, N, K,
-        0 if x_scale is None else x_scale.stride(1), *((0, 0) if y_scale is None else y_scale.stride()),
-        w_scale is not None, 1 + gated, tile_expert is not None, n_shared, y_scale is not None, scale_fmt == UE8M0,
+        y, y if y_scale is None else y_scale, partial, counters(x.device), order, tile_expert,
+        M, N, K, *((0, 0) if x_scale is None else x_scale.stride()), *((0, 0) if y_scale is None else y_scale.stride()),
+        w_scale is not None, 1 + gated, top_k if routing else 0, n_shared, y_scale is not None, scale_fmt == UE8M0,
         BLOCK_SIZE, tile, cut.rows, cut.split, cut.chunks, WARPS,
         num_warps=WARPS, num_stages=1, maxnreg=cut.registers, **pdl_options(x.device),
     )  # fmt: skip

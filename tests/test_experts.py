@@ -234,7 +234,7 @@ def test_experts(M):
 
 def test_pairs_of_a_tile(monkeypatch):
     """On a GPU a power of two, near an expert's mean, that the tensor cores take; tiles are few. On Hopper also 192."""
-    x = torch.empty(2, dtype=torch.bfloat16)
+    x = torch.empty(3, dtype=torch.bfloat16)
     w13 = torch.empty(1, 2, 256, 384, dtype=E4M3)
     assert pair_block(x, 72, 9, w13, None) == 72  # the reference takes an expert's pairs together
     monkeypatch.setattr("experts.on_gpu", lambda _: True)
@@ -247,8 +247,9 @@ def test_pairs_of_a_tile(monkeypatch):
     monkeypatch.setattr("grouped.capability", lambda _: (9, 0))
     blocks = [pair_block(x, 8 * M, 256, w13, "ue8m0") for M in range(1, 9000)]
     assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64, PAIRS}
-    assert pair_block(x[:1], 8, 256, w13, None) == 1  # of which there are no more than pairs
-    assert tile_count(8, 256, 1) == 8
+    assert pair_block(x[:1], 8, 256, w13, W8A16) == pair_block(x[:2], 16, 256, w13, None) == 1
+    assert pair_block(x[:2], 16, 256, w13.bfloat16(), W8A16) == 1 and pair_block(x[:2], 16, 256, w13, W8A16) == 16
+    assert tile_count(8, 256, 1) == 8  # no more than pairs
     others = (w13, W8A16), (w13.bfloat16(), None), (w13[..., :129, :], None), (w13[..., :129], None)
     for weight, scale_fmt in others:  # for which gemm_kernel alone is there
         assert pair_block(x, 8 * 9000, 256, weight, scale_fmt) in (64, 128)
@@ -332,24 +333,30 @@ def interpreted_launches(M: int, E: int, D: int, inter: int, K: int, how: str, t
     assert not counters(x.device).any(), case
 
 
-def check_one_token(device: str, E: int, D: int, inter: int, K: int, n_shared: int, cuts: list[Rows | None]) -> None:
+def check_pair_by_pair(
+    device: str, M: int, E: int, D: int, inter: int, K: int, n_shared: int, cuts: list[Rows | None]
+) -> None:
     """
-    Gate and up of a token's pairs: against float64, as nothing is cut off on the way; and quantised. Without shared
+    Gate and up of M tokens' pairs: against float64, as nothing is cut off on the way; and quantised. Without shared
     experts the last one is another rank's.
 
     A number is rounded at most 64 times (16 products of a thread, 28 steps, 5 halvings, 3 parts, scales), by 2^-25 of
     the terms' norm, rms: 2^-22 in all. 8 times that is allowed to each.
     """
-    x, w = random(1, D, dtype=torch.bfloat16), random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5
-    indices = torch.cat([torch.arange(E - n_shared)[-K:], torch.arange(-n_shared, 0)])[None].int()
-    tile_expert = sort_pairs_ref(indices, -n_shared, E if n_shared else E - 1, 1).tile_expert
-    chosen, P = tile_expert[tile_expert >= 0].tolist(), len(tile_expert)
-    assert len(chosen) == P - (n_shared == 0)
-    tile_expert[:n_shared] = 2**30  # not read
+    x, w = random(M, D, dtype=torch.bfloat16), random(2 * E, inter, D, seed=1).unflatten(0, (E, 2)) / D**0.5
+    chosen = [torch.arange(E - n_shared).roll(m)[-K:] for m in range(M)]
+    indices = torch.stack([torch.cat([e, torch.arange(-n_shared, 0)]) for e in chosen]).int()
+    routing = sort_pairs_ref(indices, -n_shared, E if n_shared else E - 1, 1)
+    chosen, P = routing.tile_expert[routing.tile_expert >= 0].tolist(), indices.numel()
+    assert len(chosen) == P - (0 if n_shared else (indices == E - 1).sum())
+    token = routing.order[: len(chosen)] // (K + n_shared)
+    for read_late in routing[:2]:
+        read_late[: n_shared * M] = 2**30
+    routing = [t.to(device) for t in routing]
     values, w8 = act_quant_ref(x), quantised_stack(w, None)
     wide = (x.bfloat16(), None), (w.bfloat16(), None)
     for inputs, weight in (wide, (values, w8)):
-        rows = double(*inputs, rows=1).expand(len(chosen), -1)
+        rows = double(*inputs, rows=1)[token]
         halves = [
             torch.stack([double(weight[0][e, i], None if weight[1] is None else weight[1][e, i]) for e in chosen])
             for i in (0, 1)
@@ -358,8 +365,8 @@ def check_one_token(device: str, E: int, D: int, inter: int, K: int, n_shared: i
         norm = torch.stack([torch.einsum("pd, pid -> pi", rows**2, w64**2).sqrt() for w64 in halves]).amax(0)
         operands = [None if t is None else strided_before_nans(t.to(device)) for t in (*inputs, *weight)]
         for cut in cuts:
-            case = inter, D, cut
-            options = {"tile_expert": tile_expert.to(device), "n_shared": n_shared, "gated": True, "cut": cut}
+            case = M, inter, D, cut
+            options = {"routing": routing, "top_k": K + n_shared, "n_shared": n_shared, "gated": True, "cut": cut}
             y = before_nans(torch.full((P, inter), torch.nan, device=device))
             launch_one_token(*operands, y, **options)
             assert relative(y[: len(chosen)].cpu(), silu_mul_exact(gate, up, torch.float64)) < 2e-6, case
@@ -390,8 +397,10 @@ def interpreted() -> None:
         interpreted_launches(M, E, D, inter, K, how, tiles)
     interpreted_launches(1, 5, 384, 72, 2, "random", few, n_shared=1)
     interpreted_launches(18, 5, 300, 128, 1, "skewed", few._replace(split=2), n_shared=2)
-    check_one_token("cpu", 4, 1400, 72, 2, 0, [Rows(8, 1, 2, 96), Rows(32, 3, 1, 96), None])
-    check_one_token("cpu", 4, 304, 129, 1, 1, [Rows(16, 2, 4, 96)])
+    check_pair_by_pair("cpu", 1, 4, 1400, 72, 2, 0, [Rows(8, 1, 2, 96), Rows(32, 3, 1, 96), None])
+    check_pair_by_pair("cpu", 1, 4, 304, 129, 1, 1, [Rows(16, 2, 4, 96)])
+    check_pair_by_pair("cpu", 2, 4, 304, 72, 2, 0, [Rows(16, 2, 4, 96)])
+    check_pair_by_pair("cpu", 3, 5, 300, 40, 2, 2, [Rows(8, 1, 2, 96)])
     for M in (1, 7):
         check_gated("cpu", M, 200, 300, torch.float32, False)
         check_gated("cpu", M, 200, 456, torch.bfloat16, True)
@@ -456,8 +465,10 @@ def test_gpu_experts_in_tiles_of_any_size(block):
 def test_gpu_one_token_however_it_is_cut(inter, D):
     """In parts of K ten times: programs finish in any order."""
     cuts = [None, Rows(16, 1, 1, 96), Rows(8, 1, 4, 128), Rows(4, 1, 8, 96), *[Rows(8, 3, 2, 96)] * 10]
-    check_one_token("cuda", 20, D, inter, 6, 0, cuts)
-    check_one_token("cuda", 8, D, inter, 3, 2, cuts[:3])
+    check_pair_by_pair("cuda", 1, 20, D, inter, 6, 0, cuts)
+    check_pair_by_pair("cuda", 1, 8, D, inter, 3, 2, cuts[:3])
+    check_pair_by_pair("cuda", 2, 8, D, inter, 3, 1, cuts[:3])
+    check_pair_by_pair("cuda", 3, 8, D, inter, 3, 0, cuts[:3])
 
 
 @pytest.mark.gpu

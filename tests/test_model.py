@@ -699,6 +699,28 @@ def test_gpu_fp8_products_in_their_places(load, monkeypatch, kind, scale_fmt):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", ["16B", "671B"])
+def test_gpu_any_number_of_tokens(config):
+    """Kernels are cut by how many there are: all cuts compile, and a row is decoded as it is alone."""
+    args = ModelArgs.load(Path(__file__).parents[1] / "configs" / f"config_{config}.json")
+    model = Transformer(replace(args, n_layers=2, n_dense_layers=1, n_mtp_layers=0, n_routed_experts=64)).cuda()
+    fill_dummy(model)
+    tokens = torch.randint(args.vocab_size, (65, 2), device="cuda")
+    with torch.inference_mode():
+        cache = model.new_cache(65, 64).normal_()
+        for S in (1, 2):
+            found = {}
+            for B in (*range(1, 13), 16, 17, 31, 33, 64, 65):
+                step = model.step((B, S), torch.full((B,), 50, device="cuda"), kv_len=50 + S)
+                found[B] = model.hidden(tokens[:B, :S], step, cache.clone())[0].float()
+            off = {B: ((h - found[1]).norm() / found[1].norm()).item() for B, h in found.items()}
+            assert max(off.values()) < 0.2, off
+        for S in (*range(1, 13), 16, 17, 31, 33, 64, 65, 129):
+            h = model.hidden(tokens.view(1, -1)[:, :S], model.step((1, S)), model.new_cache(1, S))
+            assert h.isfinite().all(), S
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["16B", "671B"])
 def test_gpu_kernels_that_start_before_others_end(config, monkeypatch):
     """A step's graph, in which they overlap, gives to the bit what its kernels give one by one."""
     args = ModelArgs.load(Path(__file__).parents[1] / "configs" / f"config_{config}.json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +68,14 @@ class Norms:
 
     ranks: Parallel
     device: torch.device
+    weights: dict = field(default_factory=dict)
+
+    def weight(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for the same type; made before a graph records its use."""
+        key = x.shape[1:], x.dtype
+        if key not in self.weights:
+            self.weights[key] = part(*key, 7, 0, self.device)
+        return self.weights[key]
 
     def inputs(self, seed: int, tokens: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """x, and each rank's terms; now and then with the NaN that stands for nothing there yet."""
@@ -79,8 +87,7 @@ class Norms:
 
     def found(self, x: torch.Tensor, *terms: torch.Tensor, half: int) -> tuple[torch.Tensor, Quantised]:
         assert self.ranks.symmetric.ranks(x, half) is not None
-        weight = part(x.shape[1:], x.dtype, 7, 0, self.device)
-        return self.ranks.add_rms_norm(x, terms[self.ranks.rank], weight, 1e-6, half, quantise=True)
+        return self.ranks.add_rms_norm(x, terms[self.ranks.rank], self.weight(x), 1e-6, half, quantise=True)
 
     def check_found(self, found: tuple[torch.Tensor, Quantised], x: torch.Tensor, *terms: torch.Tensor) -> None:
         total, case = x.float(), (x.shape, x.dtype)
@@ -90,7 +97,7 @@ class Norms:
         assert torch.equal(found[0].nan_to_num(7), total.nan_to_num(7)), case
         (h, values, scale), fine = found[1], total.isfinite().all(1)
         assert h[~fine].isnan().all()
-        assert_near(h[fine], norm(total[fine], part(x.shape[1:], x.dtype, 7, 0, self.device)), case)
+        assert_near(h[fine], norm(total[fine], self.weight(x)), case)
         values = values.view(torch.uint8)[fine].view(values.dtype)
         assert_quantised(Quantised(None, values, scale[fine]), h[fine], None, case)
         if self.device.type == "cuda":
@@ -113,6 +120,7 @@ class Norms:
 
     def check_graph(self, tokens: int) -> None:
         static = self.inputs(0, tokens, DIM, torch.bfloat16)
+        self.weight(static[0])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = [self.found(*static, half=half) for half in (0, 1)]
