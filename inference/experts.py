@@ -22,7 +22,6 @@ from kernel import E4M3, W8A16, Quantised, fp8_gemm, launch_gemm, linear, on_gpu
 from routing import Routing
 
 FEW = 64  # tokens up to which a product is bound by reading the weights
-FEWEST = 2  # tokens up to which each pair's experts are read for itself: few are chosen twice
 # Inner width from which shared experts begin while tokens are routed: it pays for 1,408 and 2,048, but a rank's slices
 # of 256 fill the GPU once, unevenly while the gate's programs are there, which costs one rank of 8 30 us of 690.
 WIDE = 1024
@@ -72,13 +71,14 @@ def gated_linear(
 
 def pair_block(x: torch.Tensor, pairs: int, n_local: int, w13: torch.Tensor, scale_fmt: str | None) -> int:
     """
-    How many pairs a tile takes: one of the fewest tokens'; about what each of n_local experts has on average; and PAIRS
+    How many pairs a tile takes: one of one or two tokens'; about what each of n_local experts has on average; and PAIRS
     where grouped.py takes their weights. The reference takes all of an expert's.
     """
     if not on_gpu(x):
         return pairs
     mean, fp8 = pairs // n_local, w13.dtype == E4M3
-    if len(x) == 1 or (len(x) <= FEWEST and not (fp8 and scale_fmt == W8A16)):
+    # Of two tokens few experts are chosen twice, but the shared one is: in FP8 it pays where that stays in the cache.
+    if len(x) == 1 or (len(x) == 2 and (not fp8 or (scale_fmt != W8A16 and w13.shape[-2] < WIDE))):
         return 1
     if mean > FEW and scale_fmt != W8A16 and takes(w13):
         return PAIRS

@@ -249,6 +249,7 @@ def test_pairs_of_a_tile(monkeypatch):
     assert blocks == sorted(blocks) and set(blocks) == {16, 32, 64, PAIRS}
     assert pair_block(x[:1], 8, 256, w13, W8A16) == pair_block(x[:2], 16, 256, w13, None) == 1
     assert pair_block(x[:2], 16, 256, w13.bfloat16(), W8A16) == 1 and pair_block(x[:2], 16, 256, w13, W8A16) == 16
+    assert pair_block(x[:2], 16, 256, torch.empty(1, 2, 1024, 384, dtype=E4M3), None) == 16
     assert tile_count(8, 256, 1) == 8  # no more than pairs
     others = (w13, W8A16), (w13.bfloat16(), None), (w13[..., :129, :], None), (w13[..., :129], None)
     for weight, scale_fmt in others:  # for which gemm_kernel alone is there
