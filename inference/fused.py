@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 from config import BLOCK_SIZE
-from gpu import cdiv, counters, multiprocessors, pdl_options, places
+from gpu import EMPTY, cdiv, counters, multiprocessors, pdl_options, places
 from kernel import E4M3, UE8M0, Quantised, act_quant_ref, on_gpu
 from kernel_parts import quantise_groups
 
-_GROUP = tl.constexpr(BLOCK_SIZE)
+_GROUP, _EMPTY = tl.constexpr(BLOCK_SIZE), tl.constexpr(EMPTY)
 
 
 # --- shared by the kernels and by the references ----------------------------------------------------------------------
@@ -86,12 +86,6 @@ def add_rms_norm_ref(
         x = total.to(x.dtype)
     h = F.rms_norm(x, weight.shape, weight, eps)
     return x, quantised_ref(h, scale_fmt, keep) if quantise else h
-
-
-# A place where one program leaves a number for another holds EMPTY, all bits set, before and, once it is read, after.
-# No number that was rounded is EMPTY, as a NaN so made has other bits: its coming is all that a reader waits for.
-EMPTY = -1
-_EMPTY = tl.constexpr(EMPTY)
 
 
 class Ranks(NamedTuple):

@@ -21,10 +21,15 @@ def counters(device: torch.device) -> torch.Tensor:
     return torch.zeros(65536, dtype=torch.int32, device=device)
 
 
+# A place where one program leaves a number for another holds EMPTY, all bits set, before and, once it is read, after.
+# No number that was rounded is EMPTY, as a NaN so made has other bits: its coming is all that a reader waits for.
+EMPTY = -1
+
+
 @functools.lru_cache
 def places(device: torch.device) -> torch.Tensor:
     """[65536] int32, all EMPTY between kernels: where programs leave numbers for each other (fused.py)."""
-    return torch.full((65536,), -1, dtype=torch.int32, device=device)
+    return torch.full((65536,), EMPTY, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from errors import InputError
-from fused import EMPTY, Ranks, add_rms_norm, sum_terms
-from gpu import cdiv
+from fused import Ranks, add_rms_norm, sum_terms
+from gpu import EMPTY, cdiv
 from kernel import Quantised, on_gpu
 
 # How long ranks wait for rank 0 between requests: it may sit at a prompt for days.

@@ -20,7 +20,8 @@ import parallel
 from config import ModelArgs
 from crowded import run_ranks
 from dummy import fill_dummy
-from fused import EMPTY, Ranks
+from fused import Ranks
+from gpu import EMPTY
 from interpreter import interpret, needs_interpreter
 from kernel import Quantised
 from model import Transformer
