@@ -223,7 +223,7 @@ def launch_one_token(
         x, x if x_scale is None else x_scale, w, w if w_scale is None else w_scale,
         y, y if y_scale is None else y_scale, partial, counters(x.device), order, tile_expert,
         M, N, K, *((0, 0) if x_scale is None else x_scale.stride()), *((0, 0) if y_scale is None else y_scale.stride()),
-        w_scale is not None, 1 + gated, top_k if routing else 0, n_shared, y_scale is not None, scale_fmt == UE8M0,
-        BLOCK_SIZE, tile, cut.rows, cut.split, cut.chunks, WARPS,
+        w_scale is not None, 1 + gated, top_k, n_shared, y_scale is not None, scale_fmt == UE8M0, BLOCK_SIZE,
+        tile, cut.rows, cut.split, cut.chunks, WARPS,
         num_warps=WARPS, num_stages=1, maxnreg=cut.registers, **pdl_options(x.device),
     )  # fmt: skip

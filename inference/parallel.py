@@ -34,8 +34,8 @@ class SymmetricMemory:
     Memory of this rank that the other GPUs of the host read and write directly, and sums through it.
 
     Every rank adds in the order of the ranks, in the type of `x` (a norm in fp32), so the sums are the same to the last
-    bit on all of them. Sums must be made in the same order on every rank, on one stream; they can
-    be part of a CUDA graph. Multicast is not used.
+    bit on all of them. Sums must be made in the same order on every rank, on one stream; they can be part of a CUDA
+    graph. Multicast is not used.
     """
 
     WORLD_SIZES = (2, 4, 8)  # that the kernels are compiled for
