@@ -239,7 +239,8 @@ def accepting(rate: float) -> Callable:
     """In place of sampling.verify: greedy, but a draft stays with this probability, whatever the model thinks of it."""
 
     def rule(logits: torch.Tensor, q: Any, drafts: torch.Tensor, sampling: Sampling, position: torch.Tensor):
-        stays = uniform(sampling.seed, position, drafts.shape[1], ACCEPT) < rate
+        row = torch.arange(len(drafts), device=drafts.device)  # greedy rows come without a seed
+        stays = uniform(row, position, drafts.shape[1], ACCEPT) < rate
         n_accepted = stays.long().cumprod(1).sum(1)
         best = argmax(logits.flatten(0, 1)).view(logits.shape[:2])
         kept = torch.arange(best.shape[1], device=best.device) < n_accepted[:, None]

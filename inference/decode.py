@@ -33,7 +33,7 @@ TokenLogprobs = tuple[float, list[tuple[int, float]]]
 
 class Output(NamedTuple):
     """
-    What a pass tells the host. shared [B, 2 + W + N], rank 0's integers: whether to stop (2 when logits of a prompt are
+    What a pass tells the host. shared [B, 2 + W + N], rank 0's integers: whether to stop (2 or more when the logits are
     no numbers), n_accepted, the new tokens (W = N + 1; 1 after a prompt), the next drafts. own [B, W], top and top_ids
     [B, W, K]: with Kind.logprobs K, the new tokens' log-probabilities and the K highest.
     """
@@ -45,9 +45,10 @@ class Output(NamedTuple):
 
 
 class Flight:
-    """An Output on its way to the host, behind all that was launched before it."""
+    """An Output on its way to the host, behind all that was launched before it. Its first `live` rows count."""
 
-    def __init__(self, output: Output):
+    def __init__(self, output: Output, live: int):
+        self.live = live
         self.arrived = torch.cuda.Event() if output.shared.is_cuda else None
         self.output = Output(*(None if x is None else x.to("cpu", non_blocking=True) for x in output))  # pinned
         if self.arrived is not None:
@@ -56,12 +57,12 @@ class Flight:
     def read(self) -> tuple[bool, list[list[int]]]:
         """
         Waits; whether to stop, and for each row the new tokens that count. The one point where the host waits. Raises
-        InputError when logits of a prompt are NaN or infinite.
+        InputError when logits are NaN, or a prompt's infinite.
         """
         if self.arrived is not None:
             self.arrived.synchronize()
         rows = self.output.shared.tolist()
-        if rows[0][0] > 1:
+        if any(row[0] > 1 for row in rows[: self.live]):
             raise InputError(
                 "the model computes NaN or infinite logits: weights are damaged, or too large for its arithmetic; "
                 "compare the checkpoint's files with their published checksums"
@@ -103,8 +104,9 @@ class Decoder:
         self.verify = verify
         self.device = model.embed.weight.device
         self.cache = model.new_cache(max_batch_size, max_seq_len)
-        self.position = torch.zeros(max_batch_size, dtype=torch.int64, device=self.device)  # [R], p
-        self.tokens = torch.zeros(max_batch_size, 1 + n_drafts, dtype=torch.int64, device=self.device)  # x_p, d_1..d_N
+        # [R, 2 + N]: p, x_p, d_1..d_N. Of it position [R], p, and tokens [R, 1 + N] are views.
+        self.state = torch.zeros(max_batch_size, 2 + n_drafts, dtype=torch.int64, device=self.device)
+        self.position, self.tokens = self.state[:, 0], self.state[:, 1:]
         # The distributions that drafts were drawn from, [R, N, V]; kept only while a row of the batch is not greedy.
         self.draft_probs = torch.zeros(max_batch_size, n_drafts, model.args.vocab_size, device=self.device)
         everything_off = Sampling.of([SamplingParams(0.0)] * max_batch_size, torch.zeros_like(self.position))
@@ -163,17 +165,18 @@ class Decoder:
         h = self.model.hidden(self._tensor(tokens), step, self.cache)
         batch = torch.arange(B, device=self.device)
         logits = self.model.logits(h[batch, length - 1])
-        sampling = Sampling(self.seed[rows], self.settings[rows], kind)
+        sampling = self._sampling(rows, kind)
         seen = self.seen[rows] if kind.penalty else None
         token, _ = choose(penalised(logits, sampling, seen), sampling, start_pos + length, TOKEN)
         known[batch, length - 1] = torch.where(done, token, known[batch, length - 1])
         drafts = self._draft(h, known, length - 1, done, step, sampling)
-        shared = self._share(torch.zeros_like(length), token[:, None], drafts, logits)
+        stop = torch.where(logits.isfinite().all(), self.stop, 2)
+        shared = self._share(stop.expand(B, 1), torch.zeros_like(length), token[:, None], drafts)
         self.position[rows] = start_pos + length
         self.tokens[rows] = shared[:, 2:]
         if kind.penalty:
             self.seen[rows[done], shared[done, 2]] = True
-        return Flight(self._output(shared, logits[:, None], kind))
+        return Flight(self._output(shared, logits[:, None], kind), B)
 
     # --- steps ---
 
@@ -192,7 +195,7 @@ class Decoder:
             output = self._step(batch, kind, min(kv_len, self.max_seq_len))
         else:
             output = self.graphs.run((batch.shape[1], kind), lambda: self._step(batch, kind, self.max_seq_len))
-        return Flight(output)
+        return Flight(output, len(rows))
 
     def _batch(self, rows: list[int], spare: list[int]) -> torch.Tensor:
         """
@@ -213,13 +216,13 @@ class Decoder:
         """What `step` launches: from the state to the state, all on the device."""
         N = self.n_drafts
         rows, last_position = batch
-        position, tokens = self.position[rows], self.tokens[rows]
-        drafts = tokens[:, 1:]
+        state = self.state[rows]
+        position, tokens, drafts = state[:, 0], state[:, 1:], state[:, 2:]
         step = self.model.step(tuple(tokens.shape), position, rows, kv_len)
         h = self.model.hidden(tokens, step, self.cache)
         logits = self.model.logits(h)
 
-        sampling = Sampling(self.seed[rows], self.settings[rows], kind)
+        sampling = self._sampling(rows, kind)
         seen = None
         if kind.penalty:  # before each new token: those the row has, and the drafts up to there
             seen = [self.seen[rows]]
@@ -227,14 +230,18 @@ class Decoder:
                 seen.append(seen[-1].scatter(1, drafts[:, k : k + 1], True))
             seen = torch.stack(seen, dim=1)
         q = self.draft_probs[rows] if kind.random else None
-        new, n_accepted = self.verify(penalised(logits, sampling, seen), q, drafts, sampling, position + 1)
-        known = torch.cat([new, new.new_zeros(len(new), N)], dim=1)
+        following = position + 1
+        new, n_accepted = self.verify(penalised(logits, sampling, seen), q, drafts, sampling, following)
+        known = torch.cat([new, new.new_zeros(len(new), N)], dim=1) if N else new
         drafts = self._draft(h, known, n_accepted, None, step, sampling)
 
-        shared = self._share(n_accepted, new, drafts)
+        # A NaN anywhere on the way to the logits makes all of them NaN. To look at all of a prompt's costs little.
+        stop = torch.add(self.stop, logits[:, 0, :1].isnan(), alpha=2)
+        shared = self._share(stop, n_accepted, new, drafts)
         n_accepted, new, drafts = shared[:, 1:2], shared[:, 2 : N + 3], shared[:, N + 3 :]
-        self.position.index_copy_(0, rows, torch.minimum(position + n_accepted[:, 0] + 1, last_position))
-        self.tokens.index_copy_(0, rows, torch.cat([new.gather(1, n_accepted), drafts], dim=1))
+        position = torch.minimum(following + n_accepted[:, 0], last_position)
+        state = torch.cat([position[:, None], new.gather(1, n_accepted), drafts], dim=1)
+        self.state.index_copy_(0, rows, state)
         if kind.penalty:
             counts = torch.arange(N + 1, device=self.device) <= n_accepted
             # Not `= True`: a Python value would be copied from the host, which no graph can hold.
@@ -260,8 +267,10 @@ class Decoder:
         """
         n_modules = len(self.model.mtp)
         B, S, _ = h.shape
-        batch = torch.arange(B, device=self.device)
         drafts = known.new_zeros(B, self.n_drafts)
+        if not self.n_drafts:
+            return drafts
+        batch = torch.arange(B, device=self.device)
         start_pos, rows = step.positions[:, 0], step.rows
         bound = min(step.kv_len + self.n_drafts, self.max_seq_len)
         for k in range(self.n_drafts):
@@ -280,14 +289,17 @@ class Decoder:
             known[batch, at] = token if ends is None else torch.where(ends, token, known[batch, at])
         return drafts
 
+    def _sampling(self, rows: torch.Tensor, kind: Kind) -> Sampling:
+        """How `rows` [B] are sampled; nothing is looked up where all just take the best token."""
+        plain = not (kind.random or kind.penalty)
+        return Sampling(None, None, kind) if plain else Sampling(self.seed[rows], self.settings[rows], kind)
+
     # --- results ---
 
     def _share(
-        self, n_accepted: torch.Tensor, new: torch.Tensor, drafts: torch.Tensor, logits: torch.Tensor | None = None
+        self, stop: torch.Tensor, n_accepted: torch.Tensor, new: torch.Tensor, drafts: torch.Tensor
     ) -> torch.Tensor:
-        """Output.shared. Rank 0's go to all, so that ranks whose sums round differently cannot drift apart."""
-        stop = self.stop if logits is None else torch.where(logits.isfinite().all(), self.stop, 2)
-        stop = stop.expand(len(new), 1)
+        """Output.shared, of stop [B, 1]. Rank 0's go to all: ranks whose sums round differently cannot drift apart."""
         return self.model.parallel.broadcast(torch.cat([stop, n_accepted[:, None], new, drafts], dim=1))
 
     def _output(self, shared: torch.Tensor, logits: torch.Tensor, kind: Kind) -> Output:

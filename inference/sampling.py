@@ -112,10 +112,13 @@ class Kind(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the rows of a batch are sampled: seed [B], settings [B, 5] fp32 with a column for each of SETTINGS."""
+    """
+    How the rows of a batch are sampled: seed [B], settings [B, 5] fp32 with a column for each of SETTINGS; None where
+    `kind` needs neither.
+    """
 
-    seed: torch.Tensor
-    settings: torch.Tensor
+    seed: torch.Tensor | None
+    settings: torch.Tensor | None
     kind: Kind
 
     @classmethod

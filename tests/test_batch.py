@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from batch import Results, read_prompts
 from checkpoint import Checkpoint
 from checkpoints import make_hf
+from decode import Flight, Output
 from engine import Request
 from errors import InputError
 from llm import LLM
@@ -443,6 +445,26 @@ def test_weights_that_are_no_numbers_are_an_error(random_llm):
         random_llm.generate("What is a \ud800?")
     with pytest.raises(InputError, match="takes token ids, not text"):
         random_llm.logprobs("What is a kiln?")
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(temperature=1.0, logprobs=1)])
+def test_a_step_that_gives_no_numbers_is_an_error(random_llm, params):
+    """A weight that only a later token meets, as an expert's may be. What spare rows compute is no matter."""
+    embed, prompt = random_llm.model.embed.weight, [5, 6, 7]
+    with torch.no_grad():
+        before = embed.clone()
+        embed[8:] = torch.nan
+        try:
+            assert random_llm.generate([prompt], replace(params, max_tokens=1))[0].token_ids[0] >= 8
+            with pytest.raises(InputError, match="NaN or infinite logits: weights are damaged"):
+                random_llm.generate([prompt], replace(params, max_tokens=4))
+        finally:
+            embed.copy_(before)
+    assert len(random_llm.generate([prompt], replace(params, max_tokens=5))[0].token_ids) == 5
+    shared = torch.tensor([[0, 0, 4], [2, 0, 5]])
+    assert Flight(Output(shared), 1).read() == (False, [[4], [5]])
+    with pytest.raises(InputError, match="NaN or infinite logits"):
+        Flight(Output(shared), 2).read()
 
 
 def test_requests_of_any_kind(random_llm):
