@@ -82,7 +82,7 @@ def pair_block(x: torch.Tensor, pairs: int, n_local: int, w13: torch.Tensor, sca
         return 1
     if mean > FEW and scale_fmt != W8A16 and takes(w13):
         return PAIRS
-    return 16 if mean <= 16 else 32 if mean <= 32 or x.dtype == torch.float32 else FEW if fp8 or mean <= 128 else 128
+    return 16 if mean <= 16 else 32 if mean <= 32 or x.dtype == torch.float32 else FEW if fp8 or mean <= FEW else 128
 
 
 def expert_gemm(
@@ -159,8 +159,8 @@ def experts(
     dtype = torch.bfloat16 if fp8 else x.dtype
     terms = (torch.empty if everywhere else torch.zeros)(M, K, D, dtype=dtype, device=x.device)
     if block >= FEW and inter % BLOCK_SIZE == 0:
-        # Many tokens: gathered first, as the copy engine takes only neighbours; gate and up are one wide product. For
-        # the shared experts' products the library is faster, and nothing is gathered; their pairs come first.
+        # Many tokens: gathered first, as the copy engine takes only neighbours. For the shared experts' products the
+        # library is faster, and nothing is gathered; their pairs come first.
         for i in range(n_shared):
             h = gated_linear(given, w13[i], None if w13_scale is None else w13_scale[i], scale_fmt)
             term = K - n_shared + i
@@ -176,11 +176,15 @@ def experts(
         P, tokens = P - served, order // K
         x = x.view(torch.uint8)[tokens].view(E4M3) if fp8 else x[tokens]
         x_scale = x_scale.t()[:, tokens].t() if fp8 else None
-        y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
-        both = w13.flatten(1, 2), None if w13_scale is None else w13_scale.flatten(1, 2)
-        expert_gemm(x, x_scale, *both, y, routing, block)
-        h = silu_mul(y.unflatten(1, (2, inter)), fp8, scale_fmt, keep=False)
-        h, h_scale = h[1:] if fp8 else (h, None)
+        if w13_scale is None:
+            h, h_scale = torch.empty(P, inter, dtype=dtype, device=x.device), None
+            pairs = {"routing": routing, "top_k": 1, "block": block, "gathered": True}
+            launch_gemm(x, None, w13, None, h, gated=True, **pairs)
+        else:  # gate and up are one wide product: faster, though its results are read once more
+            y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
+            expert_gemm(x, x_scale, w13.flatten(1, 2), w13_scale.flatten(1, 2), y, routing, block)
+            h = silu_mul(y.unflatten(1, (2, inter)), fp8, scale_fmt, keep=False)
+            h, h_scale = h[1:] if fp8 else (h, None)
     else:
         h = x.new_empty(P, inter)
         h_scale = torch.empty(cdiv(inter, BLOCK_SIZE), P, device=x.device).t() if fp8 else None
