@@ -17,6 +17,7 @@ import triton.language as tl
 from config import BLOCK_SIZE, UE8M0
 from gpu import cdiv, counters, pdl_options
 from kernel_parts import quantise_groups, silu_times
+from tiles import parts
 
 WARPS = 4  # of a program
 
@@ -179,15 +180,16 @@ def one_token_kernel(
 def takes_token(N: int, K: int, gated: bool, fp8: bool) -> bool:
     """
     Whether one_token_kernel multiplies a token with N x K weights, or an expert's, faster than gemm_kernel. In FP8,
-    other than gate and up, few and short rows only: one rank of 8's wo (7168 x 2048) 1.1 us, its dense w2 1.9.
+    other than gate and up, few and long rows only: wo of a rank of 4 or 8 (7168 x 4096, x 2048) 1.2 and 1.1 us, the
+    latter's dense w2 1.9; but wq_b of one (3072 x 1536) takes 2.3 us longer, the whole wo (7168 x 16384) 2 to 4.
     """
-    return gated or not fp8 or (2048 <= K <= 4096 and N * K <= 2**24)
+    return gated or not fp8 or (K >= 2048 and N * K <= 2**25)
 
 
 def choose_rows(tiles: int, K: int, gated: bool, fp8: bool) -> Rows:
     """tiles: of 128 outputs. Measured on an H200, product by product, inside the step."""
     if fp8 and not gated:
-        return Rows(8, 1, 2, 96)
+        return Rows(8, parts(cdiv(K, BLOCK_SIZE), 72 // tiles), 2, 96)
     if fp8:
         return Rows(16, 1, 1, 96) if tiles >= 100 else Rows(8, 2, 1, 64)
     return Rows(4, 1, 4, 96) if gated else Rows(4 if tiles > 100 else 8, cdiv(K, 8192), 4, 96)
