@@ -180,8 +180,8 @@ def one_token_kernel(
 def takes_token(N: int, K: int, gated: bool, fp8: bool) -> bool:
     """
     Whether one_token_kernel multiplies a token with N x K weights, or an expert's, faster than gemm_kernel. In FP8,
-    other than gate and up, few and long rows only: wo of a rank of 4 or 8 (7168 x 4096, x 2048) 1.2 and 1.1 us, the
-    latter's dense w2 1.9; but wq_b of one (3072 x 1536) takes 2.3 us longer, the whole wo (7168 x 16384) 2 to 4.
+    other than gate and up, only not too many, in long rows: wo of a rank of 4 or 8 (7168 x 4096, x 2048) 1.2 and 1.1
+    us, the latter's dense w2 1.9; but wq_b of one (3072 x 1536) takes 2.3 us longer, the whole wo (7168 x 16384) 2 - 4.
     """
     return gated or not fp8 or (K >= 2048 and N * K <= 2**25)
 
