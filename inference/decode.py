@@ -235,9 +235,11 @@ class Decoder:
         known = torch.cat([new, new.new_zeros(len(new), N)], dim=1) if N else new
         drafts = self._draft(h, known, n_accepted, None, step, sampling)
 
-        # A NaN anywhere on the way to the logits makes all of them NaN. To look at all of a prompt's costs little.
-        stop = torch.add(self.stop, logits[:, 0, :1].isnan(), alpha=2)
-        shared = self._share(stop, n_accepted, new, drafts)
+        wrong = logits[:, :, 0].isnan()  # a NaN anywhere on the way to a position's logits makes all of them NaN
+        if N:  # what comes after a draft that was refused is not used
+            used = torch.arange(N + 1, device=self.device) <= n_accepted[:, None]
+            wrong = (wrong & used).any(1, keepdim=True)
+        shared = self._share(torch.add(self.stop, wrong, alpha=2), n_accepted, new, drafts)
         n_accepted, new, drafts = shared[:, 1:2], shared[:, 2 : N + 3], shared[:, N + 3 :]
         position = torch.minimum(following + n_accepted[:, 0], last_position)
         state = torch.cat([position[:, None], new.gather(1, n_accepted), drafts], dim=1)

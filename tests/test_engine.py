@@ -538,6 +538,31 @@ def test_the_rule_for_drafts_can_be_replaced(folder):
     assert engine.stats.accepted == engine.stats.drafted == [6, 6] and engine.stats.steps == 3
 
 
+@pytest.mark.parametrize("damaged", range(3))
+@pytest.mark.parametrize("accepted", range(3))
+def test_logits_that_are_no_numbers_are_an_error_where_they_are_used(folder, monkeypatch, accepted, damaged):
+    model = load(folder, mtp=2).model
+    logits = model.logits
+
+    def with_nan(h):
+        found = logits(h)
+        if found.shape[1] == 3:  # a step's; modules and prompts have one of a row
+            found[1, damaged] = torch.nan
+        return found
+
+    def some_stay(logits, q, drafts, sampling, position):
+        return torch.full_like(position, 7)[:, None].repeat(1, 3), torch.full_like(position, accepted)
+
+    monkeypatch.setattr(model, "logits", with_nan)
+    engine = Engine(model, 2, LENGTH, n_drafts=2, verify=some_stay)
+    run = engine.run([Request([5, 6], greedy(5), i) for i in range(2)])
+    if damaged > accepted:
+        assert list(run) and engine.stats.steps
+    else:
+        with pytest.raises(InputError, match="NaN or infinite logits"):
+            list(run)
+
+
 def test_a_step_too_many_stays_inside_the_cache(folder):
     """A row is full, which the host has not seen, and with its drafts the next step would begin past the end."""
     engine = Engine(load(folder, mtp=2).model, 2, LENGTH, n_drafts=2, run_ahead=True, verify=all_stay)
