@@ -87,17 +87,17 @@ def pair_block(x: torch.Tensor, pairs: int, n_local: int, w13: torch.Tensor, sca
 
 def expert_gemm(
     x: torch.Tensor, x_scale: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor | None, y: torch.Tensor,
-    routing: Routing, block: int, pair_weights: torch.Tensor | None = None,
+    routing: Routing, block: int, pair_weights: torch.Tensor | None = None, gated: bool = False,
 ) -> None:  # fmt: skip
     """
     x [P, K] in the routing's order, w [E, N, K] -> y [P, N]: x w^T with each pair's expert, in that order; or, with
-    pair_weights [M, K'], in the pairs' own and times their weights.
+    pair_weights [M, K'], in the pairs' own and times their weights. gated: w [E, 2, N, K], not in tiles of PAIRS.
     """
     if block == PAIRS:
         launch_grouped(x, x_scale, w, w_scale, y, routing, pair_weights)
         return
     options = {"routing": routing, "top_k": 1, "block": block, "gathered": True, "pair_weights": pair_weights}
-    launch_gemm(x, x_scale, w, w_scale, y, **options)
+    launch_gemm(x, x_scale, w, w_scale, y, gated=gated, **options)
 
 
 Scaled = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and its scales if it is in e4m3
@@ -177,9 +177,8 @@ def experts(
         x = x.view(torch.uint8)[tokens].view(E4M3) if fp8 else x[tokens]
         x_scale = x_scale.t()[:, tokens].t() if fp8 else None
         if w13_scale is None:
-            h, h_scale = torch.empty(P, inter, dtype=dtype, device=x.device), None
-            pairs = {"routing": routing, "top_k": 1, "block": block, "gathered": True}
-            launch_gemm(x, None, w13, None, h, gated=True, **pairs)
+            h, h_scale = x.new_empty(P, inter), None
+            expert_gemm(x, None, w13, None, h, routing, block, gated=True)
         else:  # gate and up are one wide product: faster, though its results are read once more
             y = torch.empty(P, 2 * inter, dtype=dtype, device=x.device)
             expert_gemm(x, x_scale, w13.flatten(1, 2), w13_scale.flatten(1, 2), y, routing, block)
